@@ -15,7 +15,7 @@ from tandem_frontend.routing.policy import PolicyName
 from tandem_frontend.routing.session import LOAD_BOUND
 
 from tandem.api.types.v1 import leg_pb2
-from tandem.domain.worker import Worker
+from tandem.domain.worker import EngineLoad, UnfinishedPrompts, Worker
 from tests.unit.support.examples import examples
 from tests.unit.support.frontend_workers import aggregated, decode, prefill
 from tests.unit.support.routing_loads import Loaded
@@ -192,6 +192,18 @@ def test_what_a_worker_computes_becomes_less_with_time() -> None:
         work.sent(worker.start)
         if worker is first:
             made.clock.advance(8.0)
+    assert made.choose().prefill == first, "2,000 tokens are left there, and 4,000 at the other"
+
+
+def test_what_a_worker_computes_for_others_becomes_less_with_time_too() -> None:
+    """The report says since when the worker has its first prompt in hand, of any frontend."""
+    made = loaded(PolicyName.LEAST_WORK)
+    first, second, _ = made.scene.workers
+    for worker in (first, second):
+        compute(made, worker, 1.0)
+    for worker, tokens, in_hand_s in ((first, 9_936, 8.0), (second, 3_936, 0.0)):
+        unfinished = UnfinishedPrompts(1, tokens, in_hand_s)
+        made.costs.note(worker.start, EngineLoad(waiting_tokens=0, waiting_requests=0, unfinished=unfinished))
     assert made.choose().prefill == first, "2,000 tokens are left there, and 4,000 at the other"
 
 

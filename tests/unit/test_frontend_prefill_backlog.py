@@ -6,7 +6,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from tandem_frontend.admission.prefill_backlog import PROMPT_COST_TOKENS, UNMEASURED_PROMPTS_MAX, PrefillBacklog
 
 from tandem.api.types.v1 import leg_pb2
-from tandem.domain.worker import EngineLoad, Worker
+from tandem.domain.worker import EngineLoad, UnfinishedPrompts, Worker
 from tests.unit.support.frontend_workers import aggregated, decode, prefill
 
 PROMPT = 1_000 - PROMPT_COST_TOKENS
@@ -151,6 +151,21 @@ def test_a_report_of_an_empty_queue_is_believed() -> None:
     assert admitted(made, worker) == 5
     made.note(worker.start, EngineLoad(waiting_tokens=0, waiting_requests=0))
     assert admitted(made, worker) == 5
+
+
+def test_what_a_worker_counts_is_work_and_leaves_the_limit_to_what_waits() -> None:
+    """Prompts that wait for decode's memory are unfinished, but keep no other one from being computed."""
+    worker = prefill()
+    made = measured(worker)
+    made.reserve(PROMPT).sent(worker.start)
+    unfinished = UnfinishedPrompts(4, 4 * PROMPT)
+    made.note(worker.start, EngineLoad(waiting_tokens=0, waiting_requests=0, unfinished=unfinished))
+    known = made.get(worker.start)
+    assert known is not None
+    assert (known.work, known.others_unfinished, known.others_count) == (4_000, 3_000, 3)
+    assert admitted(made, worker) == 5
+    made.note(worker.start, EngineLoad(waiting_tokens=0, waiting_requests=0))
+    assert (known.others_unfinished, known.others_count) == (None, 0), "another release of the worker"
 
 
 def test_finished_prompts_are_taken_off_a_report() -> None:

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import uvloop
@@ -87,7 +87,10 @@ class ScriptedStub:
     def __init__(self, channel: Any) -> None:
         pass
 
+    asked: ClassVar[list[pb.WatchLoadRequest]] = []
+
     def WatchLoad(self, request: pb.WatchLoadRequest) -> ScriptedCall:  # noqa: N802
+        self.asked.append(request)
         return ScriptedCall(4)
 
 
@@ -161,3 +164,21 @@ async def test_a_report_expires_by_its_own_interval_when_the_fleet_shrinks(monke
         finally:
             await watch.close()
             await channels.close()
+
+
+@pytest.mark.parametrize(("prefills", "interval_ms", "change_ms"), [(1, 250, 20), (25, 250, 62), (100, 1000, 250)])
+async def test_changes_are_asked_for_as_often_as_the_fleet_allows(
+    monkeypatch: pytest.MonkeyPatch, prefills: int, interval_ms: int, change_ms: int
+) -> None:
+    """Decode workers report no changes, so only those that compute prompts share the limit."""
+    monkeypatch.setattr(load_watch, "WorkerServiceStub", ScriptedStub)
+    monkeypatch.setattr(ScriptedStub, "asked", [])
+    channels, heard = Channels(), asyncio.Event()
+    watch = load_watch.LoadWatch(channels, on_change=lambda start, load: heard.set())
+    fleet = [member for number in range(prefills) for member in (prefill(f"p{number}"), decode(f"d{number}"))]
+    watch.follow(fleet)
+    await asyncio.wait_for(heard.wait(), 5)
+    await watch.close()
+    await channels.close()
+    asked = {(request.interval_ms, request.change_interval_ms) for request in ScriptedStub.asked}
+    assert asked == {(interval_ms, change_ms)}

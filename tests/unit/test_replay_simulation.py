@@ -106,6 +106,20 @@ def test_prefix_finds_all_that_is_cached_where_nothing_else_is_going_on(trace: l
     assert summary_of(outcome).hit_rate > 0.5
 
 
+def test_frontends_know_of_each_others_prompts_when_they_come() -> None:
+    """Load reports of the interval come once in a minute here: all that is known comes with the changes."""
+    prompts = [TracedRequest(n, 1 + n / 4, 4_000, 2, tuple(range(100 * n, 100 * n + 8))) for n in range(40)]
+    slowest_s = []
+    for change_interval_s in (0.02, 0.0):
+        frontends = {"count": 4, "load_interval_s": 60, "change_interval_s": change_interval_s}
+        engine = {"prefill_tokens_per_s": 4_000}
+        fleet = {"prefill": {"count": 4}, "decode": {"count": 1}, "engine": engine, "frontend": frontends}
+        outcome = run(parse_fleet(fleet), prompts, "least_work")
+        slowest_s.append(max(one.ttft_s for one in outcome.served))
+    assert slowest_s[0] < 2.6, "a prompt takes 1 s, and waits for part of one"
+    assert slowest_s[1] > 3.0
+
+
 def test_a_request_that_no_worker_can_hold_is_counted_as_refused(trace: list[TracedRequest]) -> None:
     long = TracedRequest(len(trace), trace[-1].arrival_s, 120 * 512, 1, tuple(range(120)))
     summary = summary_of(run(parse_fleet(PAIRS), [*trace, long]))

@@ -16,7 +16,7 @@ import grpc
 from tandem.api.worker.v1 import worker_service_pb2 as pb
 from tandem.api.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
 from tandem.clock import Clock, monotonic
-from tandem.domain.worker import EngineLoad, Start, Worker
+from tandem.domain.worker import EngineLoad, Start, Worker, WorkerRole
 from tandem.rpc.backoff import Backoff
 from tandem.rpc.channels import Channels
 from tandem.rpc.convert import load_from_proto
@@ -26,7 +26,11 @@ from tandem.service.expiries import Expiries
 log = logging.getLogger(__name__)
 
 INTERVAL_S = 0.25
-"""Frontends know each other's requests from these reports alone; ADR 21 has what later ones cost."""
+CHANGE_INTERVAL_S = 0.02
+"""A worker reports sooner when prompts come or are computed, at most so often. Frontends know each other's requests
+from these reports alone; ADR 21 has what later ones cost."""
+CHANGES_PER_S_MAX = 400.0
+"""Limit on these reports, over all workers that compute prompts."""
 MESSAGES_PER_S_MAX = 200.0
 """Limit over all workers: in a large fleet each one reports less often."""
 STALE_INTERVALS = 3
@@ -49,6 +53,7 @@ class LoadWatch:
         self._on_change = on_change
         self._clock = clock
         self._interval_s = INTERVAL_S
+        self._change_interval_s = CHANGE_INTERVAL_S
         self._tasks: dict[Start, asyncio.Task[None]] = {}
         self._loads: dict[Start, EngineLoad] = {}
         self._reports: dict[Start, tuple[pb.WatchLoadResponse | None, pb.WatchLoadResponse]] = {}
@@ -74,6 +79,8 @@ class LoadWatch:
         """Set the workers to follow: start new streams, cancel those of other workers."""
         wanted = {worker.start: worker for worker in workers}
         self._interval_s = max(INTERVAL_S, len(wanted) / MESSAGES_PER_S_MAX)
+        computing_count = sum(worker.role is not WorkerRole.DECODE for worker in wanted.values())
+        self._change_interval_s = max(CHANGE_INTERVAL_S, computing_count / CHANGES_PER_S_MAX)
         for start in [start for start in self._tasks if start not in wanted]:
             self._tasks.pop(start).cancel()
             self._forget(start)
@@ -100,7 +107,10 @@ class LoadWatch:
             stub: Any = WorkerServiceStub(self._channels.get(worker.address))
             # A stream keeps its interval even if the fleet size changes, so its expiry is computed from that interval.
             interval_s = self._interval_s
-            call = stub.WatchLoad(pb.WatchLoadRequest(interval_ms=int(interval_s * 1_000)))
+            change_interval_ms = int(self._change_interval_s * 1_000)
+            call = stub.WatchLoad(
+                pb.WatchLoadRequest(interval_ms=int(interval_s * 1_000), change_interval_ms=change_interval_ms)
+            )
             try:
                 while (report := await call.read()) is not grpc.aio.EOF:
                     if report.epoch == worker.epoch:

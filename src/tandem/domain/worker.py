@@ -171,6 +171,17 @@ class Worker:
         return self.worker_id, self.epoch
 
 
+@dataclass(frozen=True, slots=True)
+class UnfinishedPrompts:
+    """The prompts that a worker has accepted and not computed yet, of all frontends."""
+
+    count: int = 0
+    tokens: int = 0
+    """Without those that were expected in its prefix cache; of a prompt that is partly computed all."""
+    in_hand_s: float = 0.0
+    """Seconds since it has the first of them in hand."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLoad:
     """The load of an engine at this moment. A value that the engine does not report is None, never zero."""
@@ -191,6 +202,8 @@ class EngineLoad:
     computed_tokens: int | None = None
     """Prompt tokens of ended legs that were not in the prefix cache, since the start of the worker. Counted by the
     worker: an engine's own load has none."""
+    unfinished: UnfinishedPrompts | None = None
+    """Counted by the worker too; None: it computes no prompts, or is of a release that does not count them."""
 
 
 def default_worker_id(role: WorkerRole, address: str) -> str:

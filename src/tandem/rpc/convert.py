@@ -29,7 +29,15 @@ from tandem.domain.generation import (
 )
 from tandem.domain.placement import Placement
 from tandem.domain.sampling import SCALARS
-from tandem.domain.worker import Capabilities, EngineLoad, Worker, WorkerRole, WorkerState, field_names
+from tandem.domain.worker import (
+    Capabilities,
+    EngineLoad,
+    UnfinishedPrompts,
+    Worker,
+    WorkerRole,
+    WorkerState,
+    field_names,
+)
 
 T = TypeVar("T")
 
@@ -63,7 +71,8 @@ TIMES = (
     "kv_transfer_end",
     "first_token",
 )
-LOAD_FIELDS = tuple(field.name for field in fields(EngineLoad) if field.name != "computed_tokens")
+COUNTED_BY_WORKER = ("computed_tokens", "unfinished")
+LOAD_FIELDS = tuple(field.name for field in fields(EngineLoad) if field.name not in COUNTED_BY_WORKER)
 """Those of the engine."""
 
 
@@ -166,13 +175,28 @@ def load_figures(load: EngineLoad) -> dict[str, int | None]:
     return {name: getattr(load, name) for name in LOAD_FIELDS}
 
 
+def unfinished_figures(unfinished: UnfinishedPrompts | None) -> dict[str, int]:
+    """Unfinished prompts as keyword arguments of WatchLoadResponse."""
+    if unfinished is None:
+        return {}
+    return {
+        "unfinished_prompts": unfinished.count,
+        "unfinished_tokens": unfinished.tokens,
+        "in_hand_ms": round(unfinished.in_hand_s * 1_000),
+    }
+
+
 def load_from_proto(message: worker_service_pb2.WatchLoadResponse) -> EngineLoad:
     """A load; fields that the engine does not report are None."""
     computed = None
     if message.HasField("prompt_tokens"):
         computed = message.prompt_tokens - message.cached_tokens
     values = {name: present(message, name, getattr(message, name)) for name in LOAD_FIELDS}
-    return EngineLoad(**values, computed_tokens=computed)
+    unfinished = None
+    if message.HasField("unfinished_prompts"):
+        in_hand_s = message.in_hand_ms / 1_000
+        unfinished = UnfinishedPrompts(message.unfinished_prompts, message.unfinished_tokens, in_hand_s)
+    return EngineLoad(**values, computed_tokens=computed, unfinished=unfinished)
 
 
 def placement_to_proto(placement: Placement | None) -> generation_pb2.Placement.ValueType:

@@ -37,6 +37,17 @@ def leg_adapter(leg: leg_pb2.LegRequest) -> Adapter | None:
     return adapter_from_proto(leg.adapter) if leg.HasField("adapter") else None
 
 
+def expected_cached_tokens(leg: leg_pb2.LegRequest) -> int:
+    """Prompt tokens that the caller expects in the prefix cache.
+
+    Raises:
+        InvalidRequest: below 0.
+    """
+    if leg.expected_cached_tokens < 0:
+        raise InvalidRequest("leg.expected_cached_tokens", f"must be at least 0, not {leg.expected_cached_tokens}")
+    return leg.expected_cached_tokens
+
+
 def engine_request(leg: leg_pb2.LegRequest, bootstrap: Bootstrap | None) -> EngineRequest:
     """The engine's request. `bootstrap` is passed separately because each role derives it differently.
 

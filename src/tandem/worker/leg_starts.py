@@ -11,7 +11,7 @@ from tandem.domain.generation import EngineRequest
 from tandem.errors import InvalidRequest, TandemError
 from tandem.observability.trace_context import TRACEPARENT, TRACESTATE, parsed
 from tandem.rpc.status import to_status
-from tandem.worker.leg_messages import check_task, leg_adapter, leg_key
+from tandem.worker.leg_messages import check_task, expected_cached_tokens, leg_adapter, leg_key
 from tandem.worker.legs import Legs, defect_of
 from tandem.worker.steps import StepStream, StepStreams
 
@@ -54,6 +54,7 @@ class LegStarts:
                 start.leg,
                 parent=parsed({TRACEPARENT: start.traceparent, TRACESTATE: start.tracestate}),
                 timeout_s=start.timeout.ToNanoseconds() / 1e9 if start.HasField("timeout") else None,
+                expected_cached_tokens=expected_cached_tokens(request),
             )
         except TandemError as problem:
             return leg2_pb2.LegStartResult(refused=to_status(problem))

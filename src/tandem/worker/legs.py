@@ -14,7 +14,7 @@ from typing import Any
 
 from tandem.domain.adapter import Adapter
 from tandem.domain.generation import EngineFinish, EngineRequest, FinishReason, TokenLogprob
-from tandem.domain.worker import Worker
+from tandem.domain.worker import Worker, WorkerRole
 from tandem.engine.port import Engine
 from tandem.errors import (
     DeadlinePassed,
@@ -34,6 +34,7 @@ from tandem.rpc.status import to_status
 from tandem.service.awake_timers import AwakeTimers, Timer
 from tandem.worker.identity import Identity
 from tandem.worker.steps import StepStream
+from tandem.worker.unfinished_prompts import PromptCount
 
 LegKey = tuple[str, int]
 """Request id and attempt: labels. Clients may repeat a request id, so several open legs may have the same labels."""
@@ -55,6 +56,7 @@ class OpenLeg:
         "record",
         "room",
         "stream",
+        "unfinished_tokens",
     )
 
     def __init__(self, legs: Legs, key: LegKey, request: EngineRequest, stream: StepStream, number: int) -> None:
@@ -69,6 +71,8 @@ class OpenLeg:
         self.deadline: Timer | None = None
         self.is_over = False
         """It has ended on its stream, or was not accepted: further output of the engine is ignored."""
+        self.unfinished_tokens: int | None = None
+        """Of its prompt, until that is computed; None: computed, or another worker computes it."""
         self._index = 0
         self._ending: TandemError | None = None
         """The error that this worker aborted it with (its deadline passed); None otherwise."""
@@ -77,6 +81,8 @@ class OpenLeg:
         """See the port. Hot path: called once per leg and engine step."""
         if self.is_over:
             return
+        if self.unfinished_tokens is not None:
+            self._legs.end_prompt(self)
         record, count = self.record, len(token_ids)
         self._legs.batch_count += 1
         record.note_tokens(record.clock(), count)
@@ -144,6 +150,8 @@ class Legs:
         self._open: dict[tuple[int, int], OpenLeg] = {}
         """Open legs by stream id and leg number, which no two legs share."""
         self._is_closed = False
+        self.prompts = PromptCount()
+        """Those that are not computed yet."""
         self.batch_count = 0
         """Engine outputs since start; the health check takes growth as proof that the engine works."""
         self._changed = asyncio.Event()
@@ -157,6 +165,11 @@ class Legs:
     def open_count(self) -> int:
         """Number of legs that have not ended yet."""
         return len(self._open)
+
+    @property
+    def computes_prompts(self) -> bool:
+        """Whether this worker's engine computes prompts, and does not get their KV from another one."""
+        return self._identity.current().role is not WorkerRole.DECODE
 
     def check_epoch(self, worker_epoch: int) -> None:
         """Reject a call that was addressed to another incarnation of this worker.
@@ -214,6 +227,7 @@ class Legs:
         *,
         parent: TraceContext | None = None,
         timeout_s: float | None = None,
+        expected_cached_tokens: int = 0,
     ) -> None:
         """Start an admitted leg; return when the engine has accepted it. Its end is reported on the stream.
 
@@ -224,6 +238,7 @@ class Legs:
             number: the leg's number on the stream, chosen by the frontend.
             parent: the caller's span.
             timeout_s: the leg is aborted and ends with DeadlinePassed after this time; None: no deadline.
+            expected_cached_tokens: of the prompt, as the caller expects; for load reports.
 
         Raises:
             InvalidRequest: the number is in use, or the engine rejects a value.
@@ -234,6 +249,9 @@ class Legs:
             raise InvalidRequest("leg", f"must be at least 1 and not in use on this stream, not {number}")
         request = replace(request, request_id=engine_id(key, *place))
         leg = self._begin(OpenLeg(self, key, request, stream, number), parent)
+        if self.computes_prompts:
+            leg.unfinished_tokens = max(0, len(request.token_ids) - expected_cached_tokens)
+            self.prompts.begin(leg.unfinished_tokens)
         try:
             await self._engine.submit(self._traced(request, leg.record), leg)
         except BaseException as problem:  # a cancelled start must free the leg too
@@ -311,11 +329,18 @@ class Legs:
         if leg.is_over:
             return
         leg.is_over = True
+        self.end_prompt(leg)
         del self._open[leg.stream.stream_id, leg.number]
         if leg.deadline is not None:
             leg.deadline.cancel()
         self._records.close(leg.record)
         self._notify()
+
+    def end_prompt(self, leg: OpenLeg) -> None:
+        """A leg's prompt is computed, or needs no computation any more. May be called twice."""
+        tokens, leg.unfinished_tokens = leg.unfinished_tokens, None
+        if tokens is not None:
+            self.prompts.end(tokens)
 
     def locate(self, problem: TandemError, leg: OpenLeg) -> None:
         """Add leg, worker, attempt and room to an error that the request itself did not cause."""

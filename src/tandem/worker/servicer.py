@@ -13,7 +13,15 @@ from tandem.api.worker.v1 import worker_service_pb2 as pb
 from tandem.api.worker.v1 import worker_service_pb2_grpc as pb_grpc
 from tandem.engine.port import Engine
 from tandem.errors import InvalidRequest, NotSupported
-from tandem.rpc.convert import ROLES, adapter_to_proto, load_figures, present, timestamp, worker_to_proto
+from tandem.rpc.convert import (
+    ROLES,
+    adapter_to_proto,
+    load_figures,
+    present,
+    timestamp,
+    unfinished_figures,
+    worker_to_proto,
+)
 from tandem.worker import kv_messages, model_files, role_messages
 from tandem.worker.adapters import Adapters
 from tandem.worker.identity import Identity
@@ -58,15 +66,22 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
         return pb.GetCapabilitiesResponse(worker=worker_to_proto(self._identity.current()), roles=roles)
 
     async def WatchLoad(self, request: pb.WatchLoadRequest, context: Any) -> AsyncIterator[pb.WatchLoadResponse]:  # noqa: N802
-        """Stream the load: once now, then once per interval."""
-        interval_ms = request.interval_ms if request.HasField("interval_ms") else LOAD_INTERVAL_MS
-        if not LOAD_INTERVAL_MIN_MS <= interval_ms <= LOAD_INTERVAL_MAX_MS:
-            raise InvalidRequest("interval_ms", f"must be {LOAD_INTERVAL_MIN_MS} to {LOAD_INTERVAL_MAX_MS}")
+        """Stream the load: once now, then once per interval, and sooner when prompts come and are computed."""
+        interval_s = _interval_s("interval_ms", present(request, "interval_ms", request.interval_ms))
+        change_s = None
+        if request.HasField("change_interval_ms"):
+            change_s = min(interval_s, _interval_s("change_interval_ms", request.change_interval_ms))
         sequence = 0
         while True:
             sequence += 1
+            version = self._legs.prompts.version
             yield await self._measure(sequence)
-            await asyncio.sleep(interval_ms / 1_000)
+            if change_s is None:
+                await asyncio.sleep(interval_s)
+                continue
+            await asyncio.sleep(change_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._legs.prompts.changed(version), interval_s - change_s)
 
     async def WatchKvEvents(  # noqa: N802
         self, request: pb.WatchKvEventsRequest, context: Any
@@ -168,5 +183,19 @@ class WorkerServicer(pb_grpc.WorkerServiceServicer):
             epoch=self._identity.current().epoch,
             open_legs=self._legs.open_count,
             **load_figures(load),
+            **unfinished_figures(self._legs.prompts.read() if self._legs.computes_prompts else None),
             **self._counts(),
         )
+
+
+def _interval_s(field: str, interval_ms: int | None) -> float:
+    """Seconds of an interval of load reports; None: the default.
+
+    Raises:
+        InvalidRequest: out of range.
+    """
+    if interval_ms is None:
+        interval_ms = LOAD_INTERVAL_MS
+    if not LOAD_INTERVAL_MIN_MS <= interval_ms <= LOAD_INTERVAL_MAX_MS:
+        raise InvalidRequest(field, f"must be {LOAD_INTERVAL_MIN_MS} to {LOAD_INTERVAL_MAX_MS}")
+    return interval_ms / 1_000

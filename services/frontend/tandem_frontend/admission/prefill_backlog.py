@@ -68,6 +68,11 @@ class WorkerBacklog:
     """What waited at the last report, of all frontends, less what this one's finished prompts cost since."""
     others: float = 0.0
     """The other frontends' part of `reported`, as of the report."""
+    others_unfinished: float | None = None
+    """Cost of the other frontends' unfinished prompts as the worker counts them, as of the report, for routing; None:
+    it does not. More than `others`: also what is computed, is on its way, or waits for decode's memory."""
+    others_count: int = 0
+    """How many these are."""
     computed_tokens: float = 0.0
     busy_s: float = 0.0
     last_end_s: float = 0.0
@@ -95,9 +100,27 @@ class WorkerBacklog:
     def work(self) -> float:
         """Cost of what waits there or is being computed, as far as this frontend knows.
 
-        A report has only what waits, so at least this frontend's own unfinished prompts count.
+        A report without the worker's own count has only what waits, so at least this frontend's own prompts count.
         """
+        if self.others_unfinished is not None:
+            return self.own + self.others_unfinished
         return max(self.own, self.backlog)
+
+    def note(self, load: EngineLoad | None) -> None:
+        """Record a load report; None: unknown."""
+        self.recent = self.others = 0.0
+        self.reported, self.others_unfinished, self.others_count = None, None, 0
+        if load is None:
+            return
+        if load.unfinished is not None:
+            # In the unit of `own`: the worker counts what each frontend expects to be computed.
+            unfinished = load.unfinished.tokens + PROMPT_COST_TOKENS * load.unfinished.count
+            self.others_unfinished = max(0.0, unfinished - self.own)
+            self.others_count = max(0, load.unfinished.count - self.own_count)
+        if load.waiting_tokens is not None:
+            reported = max(0, load.waiting_tokens) + PROMPT_COST_TOKENS * max(0, load.waiting_requests or 0)
+            self.others = max(0.0, reported - self.own_whole)
+            self.reported = min(float(reported), self.own + self.others)
 
     @property
     def backlog(self) -> float:
@@ -169,13 +192,7 @@ class PrefillBacklog:
         worker = self.get(start)
         if worker is None:
             return
-        worker.recent = 0.0
-        worker.reported = None
-        worker.others = 0.0
-        if load is not None and load.waiting_tokens is not None:
-            reported = max(0, load.waiting_tokens) + PROMPT_COST_TOKENS * max(0, load.waiting_requests or 0)
-            worker.others = max(0.0, reported - worker.own_whole)
-            worker.reported = min(float(reported), worker.own + worker.others)
+        worker.note(load)
         self.watch(worker)
 
     def get(self, start: Start) -> WorkerBacklog | None:

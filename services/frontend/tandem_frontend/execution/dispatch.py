@@ -71,7 +71,7 @@ class Dispatch:
         """
         decode_link = self._links.get(route.decode)
         if route.prefill is None:
-            decode_leg = _addressed(leg, route.decode, attempt, None)
+            decode_leg = _addressed(leg, route.decode, attempt, None, route.expected_cached_tokens)
             return Dispatched(route, attempt, 0, decode_link.start(decode_leg, sinks[0], timeout_s, headers), None)
         prefill_link, prefill_sink = self._links.get(route.prefill), sinks[1]
         assert prefill_sink is not None, "an attempt on a pair has two sinks"
@@ -82,13 +82,17 @@ class Dispatch:
         bootstrap = leg_pb2.Bootstrap(host=prefill_host, port=prefill_port, room=room)
         # Decode goes first: it must connect and allocate KV before prefill can transfer.
         decode = decode_link.start(_addressed(leg, route.decode, attempt, bootstrap), sinks[0], timeout_s, headers)
-        prefill_leg = _addressed(leg, route.prefill, attempt, bootstrap)
+        prefill_leg = _addressed(leg, route.prefill, attempt, bootstrap, route.expected_cached_tokens)
         prefill = prefill_link.start(prefill_leg, prefill_sink, timeout_s, headers)
         return Dispatched(route, attempt, room, decode, prefill)
 
 
 def _addressed(
-    leg: leg_pb2.LegRequest, worker: Worker, attempt: int, bootstrap: leg_pb2.Bootstrap | None
+    leg: leg_pb2.LegRequest,
+    worker: Worker,
+    attempt: int,
+    bootstrap: leg_pb2.Bootstrap | None,
+    expected_cached_tokens: int | None = None,
 ) -> leg_pb2.LegRequest:
     addressed = leg_pb2.LegRequest()
     addressed.CopyFrom(leg)
@@ -96,6 +100,8 @@ def _addressed(
     addressed.worker_epoch = worker.epoch
     if leg.HasField("adapter") and (adapter := named(worker.adapters, leg.adapter.name)) is not None:
         addressed.adapter.digest = adapter.digest
+    if expected_cached_tokens:
+        addressed.expected_cached_tokens = expected_cached_tokens
     if bootstrap is not None:
         addressed.bootstrap.CopyFrom(bootstrap)
     return addressed

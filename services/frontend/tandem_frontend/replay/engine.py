@@ -14,6 +14,7 @@ from tandem.domain.worker import EngineLoad, Worker, WorkerRole
 from tandem.engine.simulated.kv_pool import KvPool, PageLog
 from tandem.engine.simulated.options import Options
 from tandem.engine.simulated.timing import Timing
+from tandem.worker.unfinished_prompts import PromptCount
 from tandem_frontend.replay.decode_batch import DecodeBatch, DecodeMemory, Run
 from tandem_frontend.replay.job import Job
 from tandem_frontend.replay.prompt_queue import PromptChunk, PromptQueue
@@ -52,6 +53,8 @@ class AccountedEngine:
 
     def __init__(self, worker: Worker, options: Options, seed: int, log: PageLog | None = None) -> None:
         """Needs a running loop, on whose time it works. `log` follows its prefix cache."""
+        self.on_change: Callable[[], None] = _nothing
+        """Called when a prompt has come or is computed."""
         capabilities = worker.capabilities
         self.worker = worker
         self.figures = Figures()
@@ -68,6 +71,8 @@ class AccountedEngine:
         self._arrivals: dict[Job, float] = {}
         """When the parts of a prompt that were sent so far have arrived."""
         self._peers: dict[Job, AccountedEngine] = {}
+        self._unfinished = PromptCount(self._loop.time)
+        """As a worker counts them."""
         self._step: list[PromptChunk] | None = None
         self._step_end_s = 0.0
         self._run: tuple[Run, float, asyncio.TimerHandle] | None = None
@@ -76,6 +81,8 @@ class AccountedEngine:
     def begin(self, job: Job, decode: AccountedEngine | None) -> None:
         """Start a request here; `decode` reserves its memory first, as an engine must before KV can be sent to it."""
         job.sent_s = self._loop.time()
+        self._unfinished.begin(job.expected_tokens)
+        self.on_change()
         if decode is None:
             self._submit(job)
         else:
@@ -101,6 +108,7 @@ class AccountedEngine:
             transferring_requests=len(self._arrivals) + len(self.memory.asking),
             kv_cached_tokens=account.cached * pool.page_size_tokens,
             computed_tokens=self.figures.prompt_tokens - self.figures.cached_tokens,
+            unfinished=None if role is WorkerRole.DECODE else self._unfinished.read(),
         )
 
     def backlog_s(self, hashes: tuple[int, ...], prompt_tokens: int) -> float:
@@ -175,7 +183,7 @@ class AccountedEngine:
             self._loop.call_at(self._arrivals.pop(job), self._arrive, job)
             return
         self.batch.waiting.append(job)
-        job.prefilled(job)
+        self._prefilled(job)
 
     def _send(self, chunk: PromptChunk) -> None:
         """Send what a step has added; with the first chunk also what was cached."""
@@ -188,9 +196,15 @@ class AccountedEngine:
     def _arrive(self, job: Job) -> None:
         decode = self._peers.pop(job)
         self.prompts.release(job)
-        job.prefilled(job)
+        self._prefilled(job)
         decode.receive(job)
         self._wake()
+
+    def _prefilled(self, job: Job) -> None:
+        """As for a worker, a prompt is unfinished until its first token."""
+        self._unfinished.end(job.expected_tokens)
+        self.on_change()
+        job.prefilled(job)
 
     def _end(self, ended: Iterable[Job]) -> None:
         for job in ended:
@@ -200,3 +214,7 @@ class AccountedEngine:
             else:
                 self.prompts.release(job)
             job.ended(job)
+
+
+def _nothing() -> None:
+    """No frontend follows."""

@@ -57,6 +57,9 @@ class Frontends(_Section):
 
     count: int = Field(1, ge=1, le=256, description="number of frontends; requests go to them in turn")
     load_interval_s: float = Field(0.25, gt=0, le=60, description="seconds between two load reports of a worker")
+    change_interval_s: float = Field(
+        0.02, ge=0, le=60, description="least seconds between two reports of changed prompts; 0: none are sent"
+    )
     event_delay_s: float = Field(0.05, ge=0, le=60, description="seconds until a frontend knows a cache's change")
     prefill_queue_s: float = Field(5.0, gt=0, le=3600, description="as the frontend's setting of that name")
     local_prefill: bool = Field(True, description="as the frontend's setting of that name")

@@ -170,6 +170,7 @@ class ReplayedFrontend:
 
         job.prefilled = prefilled
         job.ended = lambda job: ended.set_result(None)
+        job.expected_tokens = job.prompt_tokens - (route.expected_cached_tokens or 0)
         work.sent(route.computing.start, route.expected_cached_tokens or 0)
         sent = self._routes.sent(route, job.prompt_tokens)
         self._engines[route.computing.start].begin(job, None if route.prefill is None else stream)

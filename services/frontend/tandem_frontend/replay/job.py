@@ -27,6 +27,8 @@ class Job:
     """Called when the prompt is computed and its KV has reached the worker that streams."""
     ended: Callable[[Job], None] = _ignore
     """Called with the last token."""
+    expected_tokens: int = 0
+    """Prompt tokens that the frontend expects to be computed."""
     lease: KvLease | None = None
     """At the engine that computes the prompt."""
     computed_tokens: int = 0

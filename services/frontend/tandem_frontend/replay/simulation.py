@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from tandem.domain.worker import Start, Worker
+from tandem.domain.worker import Start, Worker, WorkerRole
 from tandem.engine.simulated.options import Options
 from tandem.testing.virtual_time import run_virtually
 from tandem_frontend.replay.cache_feed import CacheFeed
+from tandem_frontend.replay.change_reports import ChangeReports
 from tandem_frontend.replay.engine import AccountedEngine
 from tandem_frontend.replay.fleet_file import FleetFile
 from tandem_frontend.replay.frontend import ReplayedFrontend, Served
@@ -134,6 +135,9 @@ class _Simulation:
         """Begin the reports of each worker to each frontend; no two at the same moment."""
         loop, rng = asyncio.get_running_loop(), self._rng("load reports")
         interval_s = self._fleet.frontend.load_interval_s
+        for engine in self._engines.values():
+            if engine.worker.role is not WorkerRole.DECODE:
+                engine.on_change = ChangeReports(engine, self._frontends, self._fleet.frontend).note_change
 
         def report(engine: AccountedEngine, frontend: ReplayedFrontend) -> None:
             frontend.note_load(engine.worker.start, engine.load())

@@ -66,6 +66,8 @@ class CostTable:
         self._costs: dict[str, Cost] = {}
         self._estimated: set[str] = set()
         """Workers whose cost depends on the means."""
+        self._has_changed = False
+        """Whether the means may have moved since they were last compared."""
         self._others_sum, self._known_count = 0.0, 0
         self._slope_sum, self._slope_count = 0.0, 0
         self._estimated_by = 0.0, 1.0
@@ -136,7 +138,8 @@ class CostTable:
 
     def lines(self) -> dict[str, Cost]:
         """The line of every worker; valid until the next change. Takes time only when the means have moved."""
-        if self._estimated:
+        if self._has_changed:
+            self._has_changed = False
             others, slope = means = self._mean_others(), self._mean_slope()
             others_then, slope_then = self._estimated_by
             # Less than a token is a rounding error of the sums.
@@ -214,6 +217,7 @@ class CostTable:
 
     def _count(self, row: Row, sign: int) -> None:
         """Add a row to the means, or take it out."""
+        self._has_changed = True
         self.requests_sum += sign * row.requests
         if row.is_known:
             self._known_count += sign

@@ -55,5 +55,5 @@ def make_policy(name: PolicyName, costs: WorkerCosts, prefixes: CachedPrefixes |
     least_work = LeastWork(tables, rng)
     if prefixes is None:
         return least_work
-    prefix = Prefix(tables, prefixes, costs.epochs, rng)
+    prefix = Prefix(tables, prefixes, rng)
     return prefix if name is PolicyName.PREFIX else Auto(prefix, least_work, prefixes)

@@ -13,7 +13,7 @@ from itertools import accumulate, islice
 from operator import itemgetter
 from typing import NamedTuple
 
-from tandem.domain.worker import Worker
+from tandem.domain.worker import Start, Worker
 
 UNHEALTHY, FAILING, REFUSED = 1, 2, 4
 """Marks of a worker that is avoided while there are others, one bit each: it failed a health check, its circuit breaker
@@ -37,6 +37,8 @@ class Flat(NamedTuple):
     """In the order of `ids`."""
     places: dict[str, int]
     """Index of each id."""
+    starts: dict[Start, int]
+    """The same of each start."""
 
 
 class Live:
@@ -78,7 +80,8 @@ class Live:
         if self._flat is None:
             workers = list(self)
             ids = [worker.worker_id for worker in workers]
-            self._flat = Flat(ids, workers, {worker_id: at for at, worker_id in enumerate(ids)})
+            places = {worker_id: at for at, worker_id in enumerate(ids)}
+            self._flat = Flat(ids, workers, places, {worker.start: at for at, worker in enumerate(workers)})
         return self._flat
 
     @property

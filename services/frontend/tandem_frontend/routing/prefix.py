@@ -8,8 +8,9 @@ falls below a floor gets the request instead, provided that least work would cho
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
+from tandem.domain.worker import Start
 from tandem_frontend.routing.cost_table import CostTable
 from tandem_frontend.routing.least_work import WINDOW, least, window
 from tandem_frontend.routing.policy import CachedPrefixes, Choice, Job, RoutingRequest
@@ -29,43 +30,38 @@ class Prefix:
 
     name = "prefix"
 
-    def __init__(
-        self,
-        tables: Mapping[Job, CostTable],
-        prefixes: CachedPrefixes,
-        epochs: Mapping[str, int],
-        rng: random.Random,
-    ) -> None:
-        """`epochs` has those of the workers in `tables`: what an earlier start had cached is lost."""
+    def __init__(self, tables: Mapping[Job, CostTable], prefixes: CachedPrefixes, rng: random.Random) -> None:
         self._tables = tables
         self._prefixes = prefixes
-        self._epochs = epochs
         self._rng = rng
-        self._last: tuple[object, dict[str, int]] = (None, {})
+        self._last: tuple[object, Mapping[Start, int]] = (None, {})
         """The last request with its matches: a pair needs them twice."""
 
     def choose(self, workers: Live, request: RoutingRequest, job: Job) -> Choice:
-        """See `Policy`."""
+        """See `Policy`. The router's thread spends most of its time here: no loop but over lists of workers."""
         flat, table, tokens = workers.flat(), self._tables[job], request.prompt_tokens
         ids = window(flat.ids, self._rng)
         costs, cached = table.of(ids, tokens), self._cached(request)
-        found = [cached_id for cached_id in cached if cached_id in flat.places]
+        # By start: what an earlier start of a worker had cached is lost.
+        found = cached.keys() & flat.starts.keys() if cached else ()
         worker_id = self._by_load(ids, costs, table, tokens, has_found=bool(found))
         if worker_id is None:
-            credit_of = {found_id: CACHED_WEIGHT * cached[found_id] for found_id in _most(found, cached)}
-            worker_id = self._credited(flat, ids, costs, table, tokens, credit_of)
-        expected = None if request.prompt is None else min(tokens, cached.get(worker_id, 0))
-        return Choice(flat.members[flat.places[worker_id]], self.name, expected)
+            worker_id = self._credited(flat, ids, costs, table, tokens, _most(found, cached))
+        member = flat.members[flat.places[worker_id]]
+        expected = None if request.prompt is None else min(tokens, cached.get(member.start, 0))
+        return Choice(member, self.name, expected)
 
     def _by_load(
         self, ids: Sequence[str], costs: Sequence[float], table: CostTable, tokens: int, *, has_found: bool
     ) -> str | None:
         """The worker of the least cost where nothing is cached, or where that worker starves; None: caches count."""
+        if not has_found:
+            return least(ids, costs, table, tokens, self._rng)
         floor = SHARE_FLOOR * table.mean_assigned() - SHARE_SLACK_REQUESTS * table.assigned_request()
-        if has_found and table.has_assigned(floor):
+        if table.has_assigned(floor):
             return None
         worker_id = least(ids, costs, table, tokens, self._rng)
-        return None if has_found and table.rows[worker_id].assigned >= floor else worker_id
+        return None if table.rows[worker_id].assigned >= floor else worker_id
 
     def _credited(
         self,
@@ -74,39 +70,40 @@ class Prefix:
         costs: list[float],
         table: CostTable,
         tokens: int,
-        credit_of: Mapping[str, float],
+        cached: Mapping[Start, int],
     ) -> str:
-        """The worker of the least cost, of `ids` and of those with a credit, in tokens."""
-        lines = table.lines()
-        if ids is flat.ids:
-            for worker_id, credit in credit_of.items():
-                costs[flat.places[worker_id]] -= credit * lines[worker_id].per_token
+        """The worker of the least cost, of `ids` and of those that have some tokens cached."""
+        lines, all_ids = table.lines(), flat.ids
+        if ids is all_ids:
+            starts = flat.starts
+            for start, count in cached.items():
+                at = starts[start]
+                costs[at] -= CACHED_WEIGHT * count * lines[all_ids[at]].per_token
         else:
             # A worker may be in both lists, and costs less in the first.
-            found = [*credit_of]
+            found = [start[0] for start in cached]
             ids = [*found, *ids]
             costs = [
                 *(
-                    cost - credit_of[worker_id] * lines[worker_id].per_token
-                    for worker_id, cost in zip(found, table.of(found, tokens), strict=True)
+                    cost - CACHED_WEIGHT * count * lines[worker_id].per_token
+                    for worker_id, count, cost in zip(found, cached.values(), table.of(found, tokens), strict=True)
                 ),
                 *costs,
             ]
-        cheapest = ids[costs.index(min(costs))]
-        left = tokens - credit_of.get(cheapest, 0.0) / CACHED_WEIGHT
-        return least(ids, costs, table, left, self._rng)
+        at = costs.index(min(costs))
+        cheapest = flat.members[flat.places[ids[at]]].start
+        return least(ids, costs, table, tokens - cached.get(cheapest, 0), self._rng)
 
-    def _cached(self, request: RoutingRequest) -> Mapping[str, int]:
+    def _cached(self, request: RoutingRequest) -> Mapping[Start, int]:
         if request.prompt is None:
             return {}
         if self._last[0] is not request:
-            matched = self._prefixes.match(request.prompt)
-            epochs = self._epochs
-            current = {start[0]: tokens for start, tokens in matched.items() if epochs.get(start[0]) == start[1]}
-            self._last = request, current
+            self._last = request, self._prefixes.match(request.prompt)
         return self._last[1]
 
 
-def _most(found: Sequence[str], cached: Mapping[str, int]) -> Sequence[str]:
-    """At most WINDOW of the workers, those that have most cached."""
-    return found if len(found) <= WINDOW else sorted(found, key=cached.__getitem__, reverse=True)[:WINDOW]
+def _most(found: Collection[Start], cached: Mapping[Start, int]) -> Mapping[Start, int]:
+    """What they have cached, of at most WINDOW of the workers: those that have most."""
+    if len(found) > WINDOW:
+        found = sorted(found, key=cached.__getitem__, reverse=True)[:WINDOW]
+    return {start: cached[start] for start in found}

@@ -46,7 +46,8 @@ class WorkerCosts:
         self.tables = {Job.COMPUTE: CostTable(clock), Job.STREAM: CostTable(clock)}
         self._clock = clock
         self._in_hand: dict[str, tuple[int, float]] = {}
-        """By worker that computes prompts: unfinished ones of this frontend, and since when the first is in hand."""
+        """By worker that computes prompts: unfinished ones of this frontend, and since when it has the first of any
+        frontend in hand, as far as known."""
         self._backlog = backlog
         self._view = KnownView()
         self._streams: dict[Start, _Streams] = {}
@@ -72,6 +73,9 @@ class WorkerCosts:
 
     def note(self, start: Start, load: EngineLoad | None) -> None:
         """Record a worker's load; None: unknown."""
+        if load is not None and load.unfinished is not None and self.epochs.get(start[0]) == start[1]:
+            own_count = self._in_hand.get(start[0], (0, 0.0))[0]
+            self._in_hand[start[0]] = own_count, self._clock() - load.unfinished.in_hand_s
         self._backlog.note(start, load)
         streams = self._streams.get(start)
         if streams is None:
@@ -129,12 +133,14 @@ class WorkerCosts:
     def _price_prompts(self, worker: WorkerBacklog) -> None:
         if self.epochs.get(worker.start[0]) != worker.start[1]:
             return
-        rate, count = worker.recent_tokens_per_s, worker.own_count
+        rate, others_count = worker.recent_tokens_per_s, worker.others_count
         count_before, since_s = self._in_hand.get(worker.start[0], (0, 0.0))
-        if count < count_before or not count_before:
+        if worker.own_count < count_before or not count_before + others_count:
             # The engine takes the next one when one is done, or at once.
             since_s = self._clock()
-        self._in_hand[worker.start[0]] = count, since_s
+        self._in_hand[worker.start[0]] = worker.own_count, since_s
+        count = worker.own_count + others_count
+        counted = worker.own + (worker.others_unfinished or 0.0)
         self.tables[Job.COMPUTE].update(
             worker.start[0],
             work=worker.work,
@@ -143,7 +149,7 @@ class WorkerCosts:
             is_known=worker.is_known,
             requests=count,
             since_s=since_s,
-            in_hand=worker.own / count if count else 0.0,
+            in_hand=counted / count if count else 0.0,
         )
 
     def _price_streams(self, start: Start, streams: _Streams) -> None:

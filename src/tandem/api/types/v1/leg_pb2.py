@@ -28,29 +28,29 @@ from tandem.api.types.v1 import sampling_pb2 as tandem_dot_api_dot_types_dot_v1_
 from tandem.api.types.v1 import worker_pb2 as tandem_dot_api_dot_types_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtandem/api/types/v1/leg.proto\x12\x13tandem.api.types.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a$tandem/api/types/v1/generation.proto\x1a\"tandem/api/types/v1/sampling.proto\x1a tandem/api/types/v1/worker.proto\"\x98\x04\n\nLegRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x14\n\x0cworker_epoch\x18\x03 \x01(\x03\x12\r\n\x05model\x18\x04 \x01(\t\x12\x11\n\ttoken_ids\x18\x05 \x03(\x05\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.tandem.api.types.v1.Sampling\x12/\n\x08stopping\x18\x07 \x01(\x0b\x32\x1d.tandem.api.types.v1.Stopping\x12+\n\x06guided\x18\x08 \x01(\x0b\x32\x1b.tandem.api.types.v1.Guided\x12\x36\n\x08logprobs\x18\t \x01(\x0b\x32$.tandem.api.types.v1.LogprobsOptions\x12\x31\n\tbootstrap\x18\n \x01(\x0b\x32\x1e.tandem.api.types.v1.Bootstrap\x12\x15\n\x08priority\x18\x0b \x01(\x05H\x00\x88\x01\x01\x12\x17\n\ncache_salt\x18\x0c \x01(\tH\x01\x88\x01\x01\x12-\n\x07\x61\x64\x61pter\x18\x46 \x01(\x0b\x32\x1c.tandem.api.types.v1.Adapter\x12\x38\n\tembedding\x18P \x01(\x0b\x32%.tandem.api.types.v1.EmbeddingOptionsB\x0b\n\t_priorityB\r\n\x0b_cache_salt\":\n\x10\x45mbeddingOptions\x12\x17\n\ndimensions\x18\x01 \x01(\x05H\x00\x88\x01\x01\x42\r\n\x0b_dimensions\"5\n\tBootstrap\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\x05\x12\x0c\n\x04room\x18\x03 \x01(\x03\"/\n\x0bLegAccepted\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\";\n\x0bLegProgress\x12,\n\x05phase\x18\x01 \x01(\x0e\x32\x1d.tandem.api.types.v1.LegPhase\"b\n\tLegTokens\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x33\n\x08logprobs\x18\x03 \x03(\x0b\x32!.tandem.api.types.v1.TokenLogprob\"\x9e\x02\n\tLegFinish\x12\x31\n\x06reason\x18\x01 \x01(\x0e\x32!.tandem.api.types.v1.FinishReason\x12\x1d\n\x10matched_token_id\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12)\n\x05usage\x18\x03 \x01(\x0b\x32\x1a.tandem.api.types.v1.Usage\x12\x30\n\x07timings\x18\x04 \x01(\x0b\x32\x1f.tandem.api.types.v1.LegTimings\x12:\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32!.tandem.api.types.v1.TokenLogprob\x12\x11\n\tembedding\x18P \x03(\x02\x42\x13\n\x11_matched_token_id\"\xe7\x04\n\nLegTimings\x12/\n\x0bqueued_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x12prefill_start_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10prefill_end_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12:\n\x16kv_transfer_start_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x38\n\x14kv_transfer_end_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1e\n\x11kv_transfer_bytes\x18\x06 \x01(\x03H\x00\x88\x01\x01\x12\x1e\n\x11recomputed_tokens\x18\x07 \x01(\x05H\x01\x88\x01\x01\x12\x36\n\x12\x62ootstrap_end_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12:\n\x16preallocation_end_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10\x66irst_token_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\x08kv_check\x18< \x01(\x0e\x32\x1c.tandem.api.types.v1.KvCheckB\x14\n\x12_kv_transfer_bytesB\x14\n\x12_recomputed_tokens*\xa6\x01\n\x08LegPhase\x12\x19\n\x15LEG_PHASE_UNSPECIFIED\x10\x00\x12\x14\n\x10LEG_PHASE_QUEUED\x10\x01\x12\x1b\n\x17LEG_PHASE_BOOTSTRAPPING\x10\x02\x12\x18\n\x14LEG_PHASE_PREFILLING\x10\x03\x12\x1a\n\x16LEG_PHASE_TRANSFERRING\x10\x04\x12\x16\n\x12LEG_PHASE_DECODING\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dtandem/api/types/v1/leg.proto\x12\x13tandem.api.types.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a$tandem/api/types/v1/generation.proto\x1a\"tandem/api/types/v1/sampling.proto\x1a tandem/api/types/v1/worker.proto\"\xd8\x04\n\nLegRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\x05\x12\x14\n\x0cworker_epoch\x18\x03 \x01(\x03\x12\r\n\x05model\x18\x04 \x01(\t\x12\x11\n\ttoken_ids\x18\x05 \x03(\x05\x12/\n\x08sampling\x18\x06 \x01(\x0b\x32\x1d.tandem.api.types.v1.Sampling\x12/\n\x08stopping\x18\x07 \x01(\x0b\x32\x1d.tandem.api.types.v1.Stopping\x12+\n\x06guided\x18\x08 \x01(\x0b\x32\x1b.tandem.api.types.v1.Guided\x12\x36\n\x08logprobs\x18\t \x01(\x0b\x32$.tandem.api.types.v1.LogprobsOptions\x12\x31\n\tbootstrap\x18\n \x01(\x0b\x32\x1e.tandem.api.types.v1.Bootstrap\x12\x15\n\x08priority\x18\x0b \x01(\x05H\x00\x88\x01\x01\x12\x17\n\ncache_salt\x18\x0c \x01(\tH\x01\x88\x01\x01\x12-\n\x07\x61\x64\x61pter\x18\x46 \x01(\x0b\x32\x1c.tandem.api.types.v1.Adapter\x12\x38\n\tembedding\x18P \x01(\x0b\x32%.tandem.api.types.v1.EmbeddingOptions\x12#\n\x16\x65xpected_cached_tokens\x18n \x01(\x05H\x02\x88\x01\x01\x42\x0b\n\t_priorityB\r\n\x0b_cache_saltB\x19\n\x17_expected_cached_tokens\":\n\x10\x45mbeddingOptions\x12\x17\n\ndimensions\x18\x01 \x01(\x05H\x00\x88\x01\x01\x42\r\n\x0b_dimensions\"5\n\tBootstrap\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\x05\x12\x0c\n\x04room\x18\x03 \x01(\x03\"/\n\x0bLegAccepted\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x03\";\n\x0bLegProgress\x12,\n\x05phase\x18\x01 \x01(\x0e\x32\x1d.tandem.api.types.v1.LegPhase\"b\n\tLegTokens\x12\r\n\x05index\x18\x01 \x01(\x05\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12\x33\n\x08logprobs\x18\x03 \x03(\x0b\x32!.tandem.api.types.v1.TokenLogprob\"\x9e\x02\n\tLegFinish\x12\x31\n\x06reason\x18\x01 \x01(\x0e\x32!.tandem.api.types.v1.FinishReason\x12\x1d\n\x10matched_token_id\x18\x02 \x01(\x05H\x00\x88\x01\x01\x12)\n\x05usage\x18\x03 \x01(\x0b\x32\x1a.tandem.api.types.v1.Usage\x12\x30\n\x07timings\x18\x04 \x01(\x0b\x32\x1f.tandem.api.types.v1.LegTimings\x12:\n\x0fprompt_logprobs\x18\x05 \x03(\x0b\x32!.tandem.api.types.v1.TokenLogprob\x12\x11\n\tembedding\x18P \x03(\x02\x42\x13\n\x11_matched_token_id\"\xe7\x04\n\nLegTimings\x12/\n\x0bqueued_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x36\n\x12prefill_start_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10prefill_end_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12:\n\x16kv_transfer_start_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x38\n\x14kv_transfer_end_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1e\n\x11kv_transfer_bytes\x18\x06 \x01(\x03H\x00\x88\x01\x01\x12\x1e\n\x11recomputed_tokens\x18\x07 \x01(\x05H\x01\x88\x01\x01\x12\x36\n\x12\x62ootstrap_end_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12:\n\x16preallocation_end_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10\x66irst_token_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\x08kv_check\x18< \x01(\x0e\x32\x1c.tandem.api.types.v1.KvCheckB\x14\n\x12_kv_transfer_bytesB\x14\n\x12_recomputed_tokens*\xa6\x01\n\x08LegPhase\x12\x19\n\x15LEG_PHASE_UNSPECIFIED\x10\x00\x12\x14\n\x10LEG_PHASE_QUEUED\x10\x01\x12\x1b\n\x17LEG_PHASE_BOOTSTRAPPING\x10\x02\x12\x18\n\x14LEG_PHASE_PREFILLING\x10\x03\x12\x1a\n\x16LEG_PHASE_TRANSFERRING\x10\x04\x12\x16\n\x12LEG_PHASE_DECODING\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tandem.api.types.v1.leg_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LEGPHASE']._serialized_start=1967
-  _globals['_LEGPHASE']._serialized_end=2133
+  _globals['_LEGPHASE']._serialized_start=2031
+  _globals['_LEGPHASE']._serialized_end=2197
   _globals['_LEGREQUEST']._serialized_start=196
-  _globals['_LEGREQUEST']._serialized_end=732
-  _globals['_EMBEDDINGOPTIONS']._serialized_start=734
-  _globals['_EMBEDDINGOPTIONS']._serialized_end=792
-  _globals['_BOOTSTRAP']._serialized_start=794
-  _globals['_BOOTSTRAP']._serialized_end=847
-  _globals['_LEGACCEPTED']._serialized_start=849
-  _globals['_LEGACCEPTED']._serialized_end=896
-  _globals['_LEGPROGRESS']._serialized_start=898
-  _globals['_LEGPROGRESS']._serialized_end=957
-  _globals['_LEGTOKENS']._serialized_start=959
-  _globals['_LEGTOKENS']._serialized_end=1057
-  _globals['_LEGFINISH']._serialized_start=1060
-  _globals['_LEGFINISH']._serialized_end=1346
-  _globals['_LEGTIMINGS']._serialized_start=1349
-  _globals['_LEGTIMINGS']._serialized_end=1964
+  _globals['_LEGREQUEST']._serialized_end=796
+  _globals['_EMBEDDINGOPTIONS']._serialized_start=798
+  _globals['_EMBEDDINGOPTIONS']._serialized_end=856
+  _globals['_BOOTSTRAP']._serialized_start=858
+  _globals['_BOOTSTRAP']._serialized_end=911
+  _globals['_LEGACCEPTED']._serialized_start=913
+  _globals['_LEGACCEPTED']._serialized_end=960
+  _globals['_LEGPROGRESS']._serialized_start=962
+  _globals['_LEGPROGRESS']._serialized_end=1021
+  _globals['_LEGTOKENS']._serialized_start=1023
+  _globals['_LEGTOKENS']._serialized_end=1121
+  _globals['_LEGFINISH']._serialized_start=1124
+  _globals['_LEGFINISH']._serialized_end=1410
+  _globals['_LEGTIMINGS']._serialized_start=1413
+  _globals['_LEGTIMINGS']._serialized_end=2028
 # @@protoc_insertion_point(module_scope)

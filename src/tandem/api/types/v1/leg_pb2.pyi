@@ -79,6 +79,7 @@ class LegRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
     EMBEDDING_FIELD_NUMBER: _builtins.int
+    EXPECTED_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Id of the client's request, the same for all attempts."""
     attempt: _builtins.int
@@ -91,6 +92,10 @@ class LegRequest(_message.Message):
     """Higher runs earlier where the engine supports it. Default 0."""
     cache_salt: _builtins.str
     """Keeps prefix caches apart: made by the frontend of the tenant and the client's own salt. Default: the common cache."""
+    expected_cached_tokens: _builtins.int
+    """Prompt tokens that the caller expects in this worker's prefix cache, 0 or more. Counted in load reports only; the
+    engine uses what it has. Default: 0.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt, 1 token or more, each below the vocabulary's size."""
@@ -142,17 +147,22 @@ class LegRequest(_message.Message):
         cache_salt: _builtins.str | None = ...,
         adapter: _worker_pb2.Adapter | None = ...,
         embedding: Global___EmbeddingOptions | None = ...,
+        expected_cached_tokens: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_priority", b"_priority", "adapter", b"adapter", "bootstrap", b"bootstrap", "cache_salt", b"cache_salt", "embedding", b"embedding", "guided", b"guided", "logprobs", b"logprobs", "priority", b"priority", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_expected_cached_tokens", b"_expected_cached_tokens", "_priority", b"_priority", "adapter", b"adapter", "bootstrap", b"bootstrap", "cache_salt", b"cache_salt", "embedding", b"embedding", "expected_cached_tokens", b"expected_cached_tokens", "guided", b"guided", "logprobs", b"logprobs", "priority", b"priority", "sampling", b"sampling", "stopping", b"stopping"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_priority", b"_priority", "adapter", b"adapter", "attempt", b"attempt", "bootstrap", b"bootstrap", "cache_salt", b"cache_salt", "embedding", b"embedding", "guided", b"guided", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "token_ids", b"token_ids", "worker_epoch", b"worker_epoch"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt", "_expected_cached_tokens", b"_expected_cached_tokens", "_priority", b"_priority", "adapter", b"adapter", "attempt", b"attempt", "bootstrap", b"bootstrap", "cache_salt", b"cache_salt", "embedding", b"embedding", "expected_cached_tokens", b"expected_cached_tokens", "guided", b"guided", "logprobs", b"logprobs", "model", b"model", "priority", b"priority", "request_id", b"request_id", "sampling", b"sampling", "stopping", b"stopping", "token_ids", b"token_ids", "worker_epoch", b"worker_epoch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cache_salt: _TypeAlias = _typing.Literal["cache_salt"]  # noqa: Y015
     _WhichOneofArgType__cache_salt: _TypeAlias = _typing.Literal["_cache_salt", b"_cache_salt"]  # noqa: Y015
+    _WhichOneofReturnType__expected_cached_tokens: _TypeAlias = _typing.Literal["expected_cached_tokens"]  # noqa: Y015
+    _WhichOneofArgType__expected_cached_tokens: _TypeAlias = _typing.Literal["_expected_cached_tokens", b"_expected_cached_tokens"]  # noqa: Y015
     _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
     _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cache_salt) -> _WhichOneofReturnType__cache_salt | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_cached_tokens) -> _WhichOneofReturnType__expected_cached_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
 

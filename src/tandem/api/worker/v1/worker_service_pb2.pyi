@@ -76,19 +76,30 @@ class WatchLoadRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     INTERVAL_MS_FIELD_NUMBER: _builtins.int
+    CHANGE_INTERVAL_MS_FIELD_NUMBER: _builtins.int
     interval_ms: _builtins.int
     """Milliseconds between messages, 10 to 60,000. Default 1,000."""
+    change_interval_ms: _builtins.int
+    """Also a message when the unfinished prompts have changed, at least so many milliseconds after the message before, 10
+    to 60,000. Default: none.
+    """
     def __init__(
         self,
         *,
         interval_ms: _builtins.int | None = ...,
+        change_interval_ms: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_interval_ms", b"_interval_ms", "interval_ms", b"interval_ms"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_change_interval_ms", b"_change_interval_ms", "_interval_ms", b"_interval_ms", "change_interval_ms", b"change_interval_ms", "interval_ms", b"interval_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_interval_ms", b"_interval_ms", "interval_ms", b"interval_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_change_interval_ms", b"_change_interval_ms", "_interval_ms", b"_interval_ms", "change_interval_ms", b"change_interval_ms", "interval_ms", b"interval_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__change_interval_ms: _TypeAlias = _typing.Literal["change_interval_ms"]  # noqa: Y015
+    _WhichOneofArgType__change_interval_ms: _TypeAlias = _typing.Literal["_change_interval_ms", b"_change_interval_ms"]  # noqa: Y015
     _WhichOneofReturnType__interval_ms: _TypeAlias = _typing.Literal["interval_ms"]  # noqa: Y015
     _WhichOneofArgType__interval_ms: _TypeAlias = _typing.Literal["_interval_ms", b"_interval_ms"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__change_interval_ms) -> _WhichOneofReturnType__change_interval_ms | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__interval_ms) -> _WhichOneofReturnType__interval_ms | None: ...
 
 Global___WatchLoadRequest: _TypeAlias = WatchLoadRequest  # noqa: Y015
@@ -117,6 +128,9 @@ class WatchLoadResponse(_message.Message):
     KV_TRANSFER_BYTES_FIELD_NUMBER: _builtins.int
     FAILED_LEGS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    UNFINISHED_PROMPTS_FIELD_NUMBER: _builtins.int
+    UNFINISHED_TOKENS_FIELD_NUMBER: _builtins.int
+    IN_HAND_MS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """Contiguous from 1 in each stream."""
     epoch: _builtins.int
@@ -151,6 +165,16 @@ class WatchLoadResponse(_message.Message):
     """Legs that ended with an error, wrong requests not counted, since the start of the worker."""
     cached_tokens: _builtins.int
     """The part of prompt_tokens that was in the engine's prefix cache."""
+    unfinished_prompts: _builtins.int
+    """Prompts that this worker has accepted and not computed yet, of all callers; absent on a decode worker."""
+    unfinished_tokens: _builtins.int
+    """Their tokens, without those that the callers expect in the prefix cache. Whole prompts: also of one that is partly
+    computed.
+    """
+    in_hand_ms: _builtins.int
+    """Milliseconds since the worker has the first of them in hand: since a prompt was computed last, or since this one
+    came. 0 without any.
+    """
     @_builtins.property
     def measured_time(self) -> _timestamp_pb2.Timestamp:
         """When it was measured."""
@@ -176,10 +200,13 @@ class WatchLoadResponse(_message.Message):
         kv_transfer_bytes: _builtins.int | None = ...,
         failed_legs: _builtins.int | None = ...,
         cached_tokens: _builtins.int | None = ...,
+        unfinished_prompts: _builtins.int | None = ...,
+        unfinished_tokens: _builtins.int | None = ...,
+        in_hand_ms: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_completion_tokens", b"_completion_tokens", "_failed_legs", b"_failed_legs", "_kv_cached_tokens", b"_kv_cached_tokens", "_kv_capacity_tokens", b"_kv_capacity_tokens", "_kv_free_tokens", b"_kv_free_tokens", "_kv_transfer_bytes", b"_kv_transfer_bytes", "_kv_transferring_tokens", b"_kv_transferring_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_prompt_tokens", b"_prompt_tokens", "_running_requests", b"_running_requests", "_transferring_requests", b"_transferring_requests", "_waiting_requests", b"_waiting_requests", "_waiting_tokens", b"_waiting_tokens", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "failed_legs", b"failed_legs", "kv_cached_tokens", b"kv_cached_tokens", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_free_tokens", b"kv_free_tokens", "kv_transfer_bytes", b"kv_transfer_bytes", "kv_transferring_tokens", b"kv_transferring_tokens", "kv_used_tokens", b"kv_used_tokens", "measured_time", b"measured_time", "prompt_tokens", b"prompt_tokens", "running_requests", b"running_requests", "transferring_requests", b"transferring_requests", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_completion_tokens", b"_completion_tokens", "_failed_legs", b"_failed_legs", "_in_hand_ms", b"_in_hand_ms", "_kv_cached_tokens", b"_kv_cached_tokens", "_kv_capacity_tokens", b"_kv_capacity_tokens", "_kv_free_tokens", b"_kv_free_tokens", "_kv_transfer_bytes", b"_kv_transfer_bytes", "_kv_transferring_tokens", b"_kv_transferring_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_prompt_tokens", b"_prompt_tokens", "_running_requests", b"_running_requests", "_transferring_requests", b"_transferring_requests", "_unfinished_prompts", b"_unfinished_prompts", "_unfinished_tokens", b"_unfinished_tokens", "_waiting_requests", b"_waiting_requests", "_waiting_tokens", b"_waiting_tokens", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "failed_legs", b"failed_legs", "in_hand_ms", b"in_hand_ms", "kv_cached_tokens", b"kv_cached_tokens", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_free_tokens", b"kv_free_tokens", "kv_transfer_bytes", b"kv_transfer_bytes", "kv_transferring_tokens", b"kv_transferring_tokens", "kv_used_tokens", b"kv_used_tokens", "measured_time", b"measured_time", "prompt_tokens", b"prompt_tokens", "running_requests", b"running_requests", "transferring_requests", b"transferring_requests", "unfinished_prompts", b"unfinished_prompts", "unfinished_tokens", b"unfinished_tokens", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_completion_tokens", b"_completion_tokens", "_failed_legs", b"_failed_legs", "_kv_cached_tokens", b"_kv_cached_tokens", "_kv_capacity_tokens", b"_kv_capacity_tokens", "_kv_free_tokens", b"_kv_free_tokens", "_kv_transfer_bytes", b"_kv_transfer_bytes", "_kv_transferring_tokens", b"_kv_transferring_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_prompt_tokens", b"_prompt_tokens", "_running_requests", b"_running_requests", "_transferring_requests", b"_transferring_requests", "_waiting_requests", b"_waiting_requests", "_waiting_tokens", b"_waiting_tokens", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "epoch", b"epoch", "failed_legs", b"failed_legs", "kv_cached_tokens", b"kv_cached_tokens", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_free_tokens", b"kv_free_tokens", "kv_transfer_bytes", b"kv_transfer_bytes", "kv_transferring_tokens", b"kv_transferring_tokens", "kv_used_tokens", b"kv_used_tokens", "measured_time", b"measured_time", "open_legs", b"open_legs", "prompt_tokens", b"prompt_tokens", "running_requests", b"running_requests", "sequence", b"sequence", "transferring_requests", b"transferring_requests", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens", "_completion_tokens", b"_completion_tokens", "_failed_legs", b"_failed_legs", "_in_hand_ms", b"_in_hand_ms", "_kv_cached_tokens", b"_kv_cached_tokens", "_kv_capacity_tokens", b"_kv_capacity_tokens", "_kv_free_tokens", b"_kv_free_tokens", "_kv_transfer_bytes", b"_kv_transfer_bytes", "_kv_transferring_tokens", b"_kv_transferring_tokens", "_kv_used_tokens", b"_kv_used_tokens", "_prompt_tokens", b"_prompt_tokens", "_running_requests", b"_running_requests", "_transferring_requests", b"_transferring_requests", "_unfinished_prompts", b"_unfinished_prompts", "_unfinished_tokens", b"_unfinished_tokens", "_waiting_requests", b"_waiting_requests", "_waiting_tokens", b"_waiting_tokens", "cached_tokens", b"cached_tokens", "completion_tokens", b"completion_tokens", "epoch", b"epoch", "failed_legs", b"failed_legs", "in_hand_ms", b"in_hand_ms", "kv_cached_tokens", b"kv_cached_tokens", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_free_tokens", b"kv_free_tokens", "kv_transfer_bytes", b"kv_transfer_bytes", "kv_transferring_tokens", b"kv_transferring_tokens", "kv_used_tokens", b"kv_used_tokens", "measured_time", b"measured_time", "open_legs", b"open_legs", "prompt_tokens", b"prompt_tokens", "running_requests", b"running_requests", "sequence", b"sequence", "transferring_requests", b"transferring_requests", "unfinished_prompts", b"unfinished_prompts", "unfinished_tokens", b"unfinished_tokens", "waiting_requests", b"waiting_requests", "waiting_tokens", b"waiting_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cached_tokens: _TypeAlias = _typing.Literal["cached_tokens"]  # noqa: Y015
     _WhichOneofArgType__cached_tokens: _TypeAlias = _typing.Literal["_cached_tokens", b"_cached_tokens"]  # noqa: Y015
@@ -187,6 +214,8 @@ class WatchLoadResponse(_message.Message):
     _WhichOneofArgType__completion_tokens: _TypeAlias = _typing.Literal["_completion_tokens", b"_completion_tokens"]  # noqa: Y015
     _WhichOneofReturnType__failed_legs: _TypeAlias = _typing.Literal["failed_legs"]  # noqa: Y015
     _WhichOneofArgType__failed_legs: _TypeAlias = _typing.Literal["_failed_legs", b"_failed_legs"]  # noqa: Y015
+    _WhichOneofReturnType__in_hand_ms: _TypeAlias = _typing.Literal["in_hand_ms"]  # noqa: Y015
+    _WhichOneofArgType__in_hand_ms: _TypeAlias = _typing.Literal["_in_hand_ms", b"_in_hand_ms"]  # noqa: Y015
     _WhichOneofReturnType__kv_cached_tokens: _TypeAlias = _typing.Literal["kv_cached_tokens"]  # noqa: Y015
     _WhichOneofArgType__kv_cached_tokens: _TypeAlias = _typing.Literal["_kv_cached_tokens", b"_kv_cached_tokens"]  # noqa: Y015
     _WhichOneofReturnType__kv_capacity_tokens: _TypeAlias = _typing.Literal["kv_capacity_tokens"]  # noqa: Y015
@@ -205,6 +234,10 @@ class WatchLoadResponse(_message.Message):
     _WhichOneofArgType__running_requests: _TypeAlias = _typing.Literal["_running_requests", b"_running_requests"]  # noqa: Y015
     _WhichOneofReturnType__transferring_requests: _TypeAlias = _typing.Literal["transferring_requests"]  # noqa: Y015
     _WhichOneofArgType__transferring_requests: _TypeAlias = _typing.Literal["_transferring_requests", b"_transferring_requests"]  # noqa: Y015
+    _WhichOneofReturnType__unfinished_prompts: _TypeAlias = _typing.Literal["unfinished_prompts"]  # noqa: Y015
+    _WhichOneofArgType__unfinished_prompts: _TypeAlias = _typing.Literal["_unfinished_prompts", b"_unfinished_prompts"]  # noqa: Y015
+    _WhichOneofReturnType__unfinished_tokens: _TypeAlias = _typing.Literal["unfinished_tokens"]  # noqa: Y015
+    _WhichOneofArgType__unfinished_tokens: _TypeAlias = _typing.Literal["_unfinished_tokens", b"_unfinished_tokens"]  # noqa: Y015
     _WhichOneofReturnType__waiting_requests: _TypeAlias = _typing.Literal["waiting_requests"]  # noqa: Y015
     _WhichOneofArgType__waiting_requests: _TypeAlias = _typing.Literal["_waiting_requests", b"_waiting_requests"]  # noqa: Y015
     _WhichOneofReturnType__waiting_tokens: _TypeAlias = _typing.Literal["waiting_tokens"]  # noqa: Y015
@@ -215,6 +248,8 @@ class WatchLoadResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__completion_tokens) -> _WhichOneofReturnType__completion_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__failed_legs) -> _WhichOneofReturnType__failed_legs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__in_hand_ms) -> _WhichOneofReturnType__in_hand_ms | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_cached_tokens) -> _WhichOneofReturnType__kv_cached_tokens | None: ...
     @_typing.overload
@@ -233,6 +268,10 @@ class WatchLoadResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__running_requests) -> _WhichOneofReturnType__running_requests | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__transferring_requests) -> _WhichOneofReturnType__transferring_requests | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__unfinished_prompts) -> _WhichOneofReturnType__unfinished_prompts | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__unfinished_tokens) -> _WhichOneofReturnType__unfinished_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__waiting_requests) -> _WhichOneofReturnType__waiting_requests | None: ...
     @_typing.overload

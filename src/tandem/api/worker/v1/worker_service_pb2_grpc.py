@@ -104,7 +104,7 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchLoad(self, request, context):
-        """Load reports: the first message at once, then one per interval, until the call is cancelled.
+        """Load reports: the first message at once, then one per interval and as changes call for, until the call is cancelled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

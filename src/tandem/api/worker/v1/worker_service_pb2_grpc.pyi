@@ -36,7 +36,7 @@ class WorkerServiceStub:
     GetCapabilities: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.GetCapabilitiesRequest, _worker_service_pb2.GetCapabilitiesResponse]
     """Identity and capabilities of the worker."""
     WatchLoad: _grpc.UnaryStreamMultiCallable[_worker_service_pb2.WatchLoadRequest, _worker_service_pb2.WatchLoadResponse]
-    """Load reports: the first message at once, then one per interval, until the call is cancelled."""
+    """Load reports: the first message at once, then one per interval and as changes call for, until the call is cancelled."""
     WatchKvEvents: _grpc.UnaryStreamMultiCallable[_worker_service_pb2.WatchKvEventsRequest, _worker_service_pb2.WatchKvEventsResponse]
     """Changes of its prefix cache, resumable by sequence. NOT_SUPPORTED if the engine publishes none."""
     Abort: _grpc.UnaryUnaryMultiCallable[_worker_service_pb2.AbortRequest, _worker_service_pb2.AbortResponse]
@@ -80,7 +80,7 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     GetCapabilities: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.GetCapabilitiesRequest, _worker_service_pb2.GetCapabilitiesResponse]  # type: ignore[assignment]
     """Identity and capabilities of the worker."""
     WatchLoad: _aio.UnaryStreamMultiCallable[_worker_service_pb2.WatchLoadRequest, _worker_service_pb2.WatchLoadResponse]  # type: ignore[assignment]
-    """Load reports: the first message at once, then one per interval, until the call is cancelled."""
+    """Load reports: the first message at once, then one per interval and as changes call for, until the call is cancelled."""
     WatchKvEvents: _aio.UnaryStreamMultiCallable[_worker_service_pb2.WatchKvEventsRequest, _worker_service_pb2.WatchKvEventsResponse]  # type: ignore[assignment]
     """Changes of its prefix cache, resumable by sequence. NOT_SUPPORTED if the engine publishes none."""
     Abort: _aio.UnaryUnaryMultiCallable[_worker_service_pb2.AbortRequest, _worker_service_pb2.AbortResponse]  # type: ignore[assignment]
@@ -133,7 +133,7 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_service_pb2.WatchLoadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_service_pb2.WatchLoadResponse], _abc.AsyncIterator[_worker_service_pb2.WatchLoadResponse]]:
-        """Load reports: the first message at once, then one per interval, until the call is cancelled."""
+        """Load reports: the first message at once, then one per interval and as changes call for, until the call is cancelled."""
 
     @_abc_1.abstractmethod
     def WatchKvEvents(
