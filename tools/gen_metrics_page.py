@@ -14,7 +14,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(1, str(Path(__file__).parents[1] / "src"))
 
-from tandem.observability.metric_catalog import OTHER, TABLE
+from tandem.observability.metric_attributes import OTHER
+from tandem.observability.metric_catalog import TABLE
 from tandem.observability.metric_types import EVERY, Attribute, Emitter, Metric, prometheus_name
 from tools.markdown import ROOT, write_or_check
 

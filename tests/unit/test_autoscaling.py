@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from tandem.observability.metric_catalog import ROLES
+from tandem.observability.metric_attributes import ROLES
 from tests.unit.support.deployed_settings import REPOSITORY, drain_s
 from tests.unit.test_deployments import DEPLOY, KUBERNETES, documents
 

@@ -14,7 +14,7 @@ from tandem_frontend.call_usage import CallUsage, TenantMetrics, UsageEntry, Usa
 from tandem.api.types.v1 import generation_pb2, leg_pb2
 from tandem.errors import ConfigError
 from tandem.observability.line_log import LineLog
-from tandem.observability.metric_catalog import OTHER
+from tandem.observability.metric_attributes import OTHER
 from tandem.observability.metrics import Metrics
 from tandem.observability.request_trace import AttemptTrace, RequestTrace
 

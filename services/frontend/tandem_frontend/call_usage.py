@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from tandem.observability.metric_catalog import OTHER, TENANTS_MAX
+from tandem.observability.metric_attributes import OTHER, TENANTS_MAX
 from tandem.observability.metrics import Metrics
 from tandem.observability.request_trace import CANCELLED, FAILED, FINISHED, REFUSED, RequestTrace
 

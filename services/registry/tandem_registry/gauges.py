@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 from tandem.domain.worker import WorkerState
 from tandem.errors import ServiceError
-from tandem.observability.metric_catalog import MEMBER_ROLE, OTHER, WORKERS_MAX
+from tandem.observability.metric_attributes import MEMBER_ROLE, OTHER, WORKERS_MAX
 from tandem.observability.metrics import Reading
 from tandem_registry.backends.port import Backend
 from tandem_registry.view import View

@@ -8,85 +8,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
-from tandem.domain.handover import DropReason
-from tandem.domain.placement import Placement
-from tandem.domain.request_state import LegRole, Phase
-from tandem.domain.worker import WorkerRole, WorkerState
-from tandem.errors import StartError, TandemError
+from tandem.observability import metric_attributes as attribute
 from tandem.observability import metric_buckets as limits
 from tandem.observability.metric_types import EVERY, Attribute, Metric
 from tandem.observability.metric_types import Emitter as Emitter
 from tandem.observability.metric_types import Kind as Kind
 
-OTHER = "other"
-"""Replaces every value that is not in the table, so that unexpected values cannot create new series."""
 KNOWN_SERIES_MAX = 32
 """A counter with at most so many series exports all of them from the start, as 0: `rate()` needs a first sample."""
-WORKERS_MAX = 64
-"""Maximum number of worker ids in the metrics of one process; further ones are aggregated as `OTHER`."""
-TENANTS_MAX = 32
-"""Maximum number of tenants in the metrics of one process: the first ones. Further ones are aggregated as `OTHER`."""
-
-
-def _reasons() -> Iterator[str]:
-    """Reasons of all errors that are sent over the wire."""
-
-    def below(error: type[TandemError]) -> Iterator[type[TandemError]]:
-        yield error
-        for child in error.__subclasses__():
-            yield from below(child)
-
-    for error in below(TandemError):
-        if not issubclass(error, StartError):
-            yield error.reason
-
-
-CANCELLED = "CANCELLED"
-"""Used instead of a reason when the client cancelled."""
-REASONS = tuple(sorted(set(_reasons())))
-ROLES = tuple(role.value for role in WorkerRole)
-
-GENERATION = Attribute("gen_ai.operation.name", ("chat", "text_completion", "generate"))
-OPERATION = Attribute("gen_ai.operation.name", (*GENERATION.values, "embeddings"))
-PROVIDER = Attribute("gen_ai.provider.name", ("tandem",))
-MODEL = Attribute("gen_ai.request.model", bound="the models served by the frontend, at most models_max at a time")
-ERROR_TYPE = Attribute("error.type", (*REASONS, CANCELLED))
-TOKEN_TYPE = Attribute("gen_ai.token.type", ("input", "output"))
-
-REASON = Attribute("tandem.reason", REASONS)
-LEG = Attribute("tandem.leg", tuple(role.value for role in LegRole))
-PHASE = Attribute("tandem.phase", tuple(phase.value for phase in Phase))
-POLICY = Attribute("tandem.policy", ("random", "power_of_two", "least_work", "prefix", "session"))
-ROLE = Attribute("tandem.role", ROLES)
-ROUTE = Attribute("tandem.route", ("pair", "aggregated"))
-PLACEMENT = Attribute("tandem.placement", tuple(placement.value for placement in Placement))
-LEG_OUTCOME = Attribute("tandem.outcome", ("finished", "aborted", "failed", "refused", "cancelled"))
-ATTEMPT_OUTCOME = Attribute("tandem.outcome", ("finished", "broken", "refused", "ended"))
-ROLE_CHANGE_OUTCOME = Attribute("tandem.outcome", ("in_place", "restarted", "failed"))
-KV_CHECK = Attribute("tandem.kv.check", ("matched", "unchecked", "corrupt"))
-DROP_REASON = Attribute("tandem.reason", tuple(reason.value for reason in DropReason))
-ENGINE_STATE = Attribute("tandem.state", ("running", "waiting", "transferring"))
-PAGE_STATE = Attribute("tandem.state", ("used", "cached", "free"))
-PROCESS_STATE = Attribute("tandem.state", ("starting", "open", "serving", "draining", "ended", "silent"))
-PREFIX_STATE = Attribute("tandem.state", ("trusted", "suspected"))
-MODEL_STATE = Attribute("tandem.state", ("served", "refused"))
-SUSPICION = Attribute("tandem.reason", ("gap", "unknown", "broken", "silent", "epoch", "bound", "refused"))
-MEMBER_STATE = Attribute("tandem.state", tuple(state.value for state in WorkerState))
-MEMBER_ROLE = Attribute("tandem.role", (*ROLES, "frontend"))
-WORKER_ID = Attribute(
-    "tandem.worker.id", bound=f"{WORKERS_MAX} ids; further ones are aggregated as `{OTHER}`, by maximum"
-)
-TENANT = Attribute(
-    "tandem.tenant", bound=f"the first {TENANTS_MAX} tenants of a process; further ones are aggregated as `{OTHER}`"
-)
-CALL_OUTCOME = Attribute("tandem.outcome", ("finished", "failed", "refused", "cancelled"))
-TOKENS_KIND = Attribute("tandem.tokens", ("prompt", "cached", "completion"))
-BATCH_OUTCOME = Attribute("tandem.batch.outcome", ("completed", "failed", "stopped", "repeated"))
-QUOTA_LIMIT = Attribute("tandem.quota", ("requests_per_minute", "tokens_per_minute", "open_requests"))
-
-OF_REQUEST, OF_GENERATION = (OPERATION, PROVIDER, MODEL), (GENERATION, PROVIDER, MODEL)
 
 
 def _rows(emitter: Emitter) -> Callable[..., Metric]:
@@ -109,8 +40,8 @@ TABLE: tuple[Metric, ...] = (
         Kind.HISTOGRAM,
         "s",
         "Time from the arrival of a request to its end, successful or not; `error.type` is set on failure.",
-        *OF_REQUEST,
-        ERROR_TYPE,
+        *attribute.OF_REQUEST,
+        attribute.ERROR_TYPE,
         buckets=limits.REQUEST_S,
     ),
     _frontend(
@@ -118,7 +49,7 @@ TABLE: tuple[Metric, ...] = (
         Kind.HISTOGRAM,
         "s",
         "Time from the arrival of a request to its first token, including queue wait; finished requests only.",
-        *OF_GENERATION,
+        *attribute.OF_GENERATION,
         buckets=limits.FIRST_TOKEN_S,
     ),
     _frontend(
@@ -126,7 +57,7 @@ TABLE: tuple[Metric, ...] = (
         Kind.HISTOGRAM,
         "s",
         "Average time per output token after the first; finished requests only.",
-        *OF_GENERATION,
+        *attribute.OF_GENERATION,
         buckets=limits.TOKEN_S,
     ),
     _frontend(
@@ -134,8 +65,8 @@ TABLE: tuple[Metric, ...] = (
         Kind.HISTOGRAM,
         "{token}",
         "Tokens per finished request. The conventions define only this name, for clients and servers.",
-        *OF_REQUEST,
-        TOKEN_TYPE,
+        *attribute.OF_REQUEST,
+        attribute.TOKEN_TYPE,
         buckets=limits.TOKENS,
     ),
     _frontend(
@@ -146,7 +77,7 @@ TABLE: tuple[Metric, ...] = (
         Kind.GAUGE,
         "{request}",
         "Requests in progress, including queued ones. Without a model: complete long responses that are unread.",
-        MODEL,
+        attribute.MODEL,
     ),
     _frontend("tandem.requests.admitted", Kind.COUNTER, "{request}", "Requests admitted by the frontend."),
     _frontend(
@@ -154,28 +85,28 @@ TABLE: tuple[Metric, ...] = (
         Kind.COUNTER,
         "{request}",
         "Requests rejected before any leg was dispatched, or by an engine because the request itself is wrong.",
-        REASON,
+        attribute.REASON,
     ),
     _frontend(
         "tandem.queue.depth",
         Kind.GAUGE,
         "{request}",
         "Requests in the queue of a model, waiting for capacity of its workers.",
-        MODEL,
+        attribute.MODEL,
     ),
     _frontend(
         "tandem.models",
         Kind.GAUGE,
         "{model}",
         "Models of live workers, `served` or `refused`; the list of models says why.",
-        MODEL_STATE,
+        attribute.MODEL_STATE,
     ),
     _frontend(
         "tandem.queue.wait",
         Kind.HISTOGRAM,
         "s",
         "Time in the queue of a model; admitted requests only.",
-        MODEL,
+        attribute.MODEL,
         buckets=limits.WAIT_S,
     ),
     _frontend(
@@ -183,23 +114,23 @@ TABLE: tuple[Metric, ...] = (
         Kind.COUNTER,
         "{attempt}",
         "Dispatched attempts, by routing policy and kind of route.",
-        POLICY,
-        ROUTE,
+        attribute.POLICY,
+        attribute.ROUTE,
     ),
     _frontend(
         "tandem.placements",
         Kind.COUNTER,
         "{attempt}",
         "Dispatched attempts for which both pairs and aggregated workers could be used, by the reason of the choice.",
-        PLACEMENT,
+        attribute.PLACEMENT,
     ),
     _frontend(
         "tandem.route.choices",
         Kind.COUNTER,
         "{worker}",
         "Workers picked for dispatched attempts, by routing policy and role.",
-        POLICY,
-        ROLE,
+        attribute.POLICY,
+        attribute.ROLE,
     ),
     _frontend(
         "tandem.route.expected_cached_tokens",
@@ -207,14 +138,14 @@ TABLE: tuple[Metric, ...] = (
         "{token}",
         "Prompt tokens that the routing policy expected in the prefix cache of the worker it picked, where it knew and "
         "the leg finished. Compare with `tandem.route.cached_tokens`.",
-        POLICY,
+        attribute.POLICY,
     ),
     _frontend(
         "tandem.route.cached_tokens",
         Kind.COUNTER,
         "{token}",
         "Prompt tokens of finished legs that were in the prefix cache of the worker that computed the prompt.",
-        POLICY,
+        attribute.POLICY,
     ),
     _frontend(
         "tandem.route.duration",
@@ -228,16 +159,16 @@ TABLE: tuple[Metric, ...] = (
         Kind.COUNTER,
         "{leg}",
         "Legs whose failure ended their attempt, by leg, phase and reason. A refused request is no failure.",
-        LEG,
-        PHASE,
-        REASON,
+        attribute.LEG,
+        attribute.PHASE,
+        attribute.REASON,
     ),
     _frontend(
         "tandem.continuations",
         Kind.COUNTER,
         "{attempt}",
         "Attempts that continued a stream after its first token, by outcome.",
-        ATTEMPT_OUTCOME,
+        attribute.ATTEMPT_OUTCOME,
     ),
     _frontend(
         "tandem.prefix.blocks",
@@ -251,7 +182,7 @@ TABLE: tuple[Metric, ...] = (
         Kind.GAUGE,
         "{worker}",
         "Workers whose prefix cache the frontend follows; `suspected`: without credit until their next snapshot.",
-        PREFIX_STATE,
+        attribute.PREFIX_STATE,
     ),
     _frontend(
         "tandem.prefix.snapshots",
@@ -266,7 +197,7 @@ TABLE: tuple[Metric, ...] = (
         "How often a worker's prefix cache lost its credit: events were missing (`gap`), the worker did not know "
         "(`unknown`), its stream broke or it was `silent`, another `epoch` answered, the index had no room (`bound`), "
         "or its hashes or blocks are not understood (`refused`).",
-        SUSPICION,
+        attribute.SUSPICION,
     ),
     _frontend(
         "tandem.cancel.latency",
@@ -281,8 +212,8 @@ TABLE: tuple[Metric, ...] = (
         "{call}",
         "Calls that generate, by tenant and outcome, each with all its choices; those with an API key, or whose client "
         "names a tenant. A call that a limit refused at once is not counted here.",
-        TENANT,
-        CALL_OUTCOME,
+        attribute.TENANT,
+        attribute.CALL_OUTCOME,
     ),
     _frontend(
         "tandem.tenant.tokens",
@@ -290,16 +221,16 @@ TABLE: tuple[Metric, ...] = (
         "{token}",
         "Tokens of these calls, as in their usage: a prompt counts once for all choices, and `cached` is a part of "
         "`prompt`. Those of failed and cancelled calls count from the dispatch on.",
-        TENANT,
-        TOKENS_KIND,
+        attribute.TENANT,
+        attribute.TOKENS_KIND,
     ),
     _frontend(
         "tandem.tenant.refused",
         Kind.COUNTER,
         "{call}",
         "Calls that the tenant's quota refused, by the limit that was reached.",
-        TENANT,
-        QUOTA_LIMIT,
+        attribute.TENANT,
+        attribute.QUOTA_LIMIT,
     ),
     _frontend("tandem.batch.open", Kind.GAUGE, "{batch}", "Batches that the process runs; only one process does."),
     _frontend("tandem.batch.rows.running", Kind.GAUGE, "{row}", "Rows of batches that run."),
@@ -307,7 +238,7 @@ TABLE: tuple[Metric, ...] = (
         "tandem.batch.rows",
         *(Kind.COUNTER, "{row}"),
         "Runs of batch rows: `stopped` made room for live requests, `repeated` is tried again after a failure.",
-        BATCH_OUTCOME,
+        attribute.BATCH_OUTCOME,
     ),
     _worker("tandem.legs.open", Kind.GAUGE, "{leg}", "Legs in progress on the worker."),
     _worker(
@@ -315,8 +246,8 @@ TABLE: tuple[Metric, ...] = (
         Kind.HISTOGRAM,
         "s",
         "Time from the acceptance of a leg to its end. `cancelled`: its frontend closed the call.",
-        LEG,
-        LEG_OUTCOME,
+        attribute.LEG,
+        attribute.LEG_OUTCOME,
         buckets=limits.REQUEST_S,
     ),
     _worker(
@@ -324,7 +255,7 @@ TABLE: tuple[Metric, ...] = (
         Kind.HISTOGRAM,
         "s",
         "Time from the cancellation of a leg by its frontend until the engine has released it.",
-        LEG,
+        attribute.LEG,
         buckets=limits.SHORT_S,
     ),
     _worker(
@@ -332,7 +263,7 @@ TABLE: tuple[Metric, ...] = (
         Kind.HISTOGRAM,
         "s",
         "Time from the engine's acceptance of a request to the start of its prefill, as reported by the engine.",
-        LEG,
+        attribute.LEG,
         buckets=limits.WAIT_S,
     ),
     _worker(
@@ -340,7 +271,7 @@ TABLE: tuple[Metric, ...] = (
         Kind.HISTOGRAM,
         "s",
         "Duration of the prefill forward passes, as reported by the engine.",
-        LEG,
+        attribute.LEG,
         buckets=limits.SHORT_S,
     ),
     _worker(
@@ -348,14 +279,14 @@ TABLE: tuple[Metric, ...] = (
         Kind.COUNTER,
         "By",
         "KV bytes sent (prefill) or received (decode), as counted by the engine's transfer backend.",
-        LEG,
+        attribute.LEG,
     ),
     _worker(
         "tandem.kv.transfer.duration",
         Kind.HISTOGRAM,
         "s",
         "Duration of the KV transfer of a request, as reported by the engine; not reported by SGLang decode engines.",
-        LEG,
+        attribute.LEG,
         buckets=limits.SHORT_S,
     ),
     _worker(
@@ -363,17 +294,23 @@ TABLE: tuple[Metric, ...] = (
         Kind.HISTOGRAM,
         "By/s",
         "KV transfer bytes per second of each request.",
-        LEG,
+        attribute.LEG,
         buckets=limits.BANDWIDTH,
     ),
-    _worker("tandem.kv.handovers", Kind.COUNTER, "{handover}", "Hand-overs received, by check of their KV.", KV_CHECK),
-    _worker("tandem.prompt.tokens", Kind.COUNTER, "{token}", "Prompt tokens of finished legs.", LEG),
+    _worker(
+        "tandem.kv.handovers",
+        Kind.COUNTER,
+        "{handover}",
+        "Hand-overs received, by check of their KV.",
+        attribute.KV_CHECK,
+    ),
+    _worker("tandem.prompt.tokens", Kind.COUNTER, "{token}", "Prompt tokens of finished legs.", attribute.LEG),
     _worker(
         "tandem.prompt.cached_tokens",
         Kind.COUNTER,
         "{token}",
         "Prompt tokens of finished legs found in the engine's prefix cache, as reported by the engine.",
-        LEG,
+        attribute.LEG,
     ),
     _worker(
         "tandem.cache.hit_ratio",
@@ -386,7 +323,7 @@ TABLE: tuple[Metric, ...] = (
         Kind.GAUGE,
         "{request}",
         "Requests in the engine by state; `transferring`: waiting for the KV transfer to or from the other leg.",
-        ENGINE_STATE,
+        attribute.ENGINE_STATE,
     ),
     _worker(
         "tandem.engine.waiting_tokens",
@@ -400,7 +337,7 @@ TABLE: tuple[Metric, ...] = (
         "{page}",
         "KV cache pages: `used` by requests, `cached` (evictable prefix cache), `free`. Where the engine does not "
         "report cached pages, they count as free.",
-        PAGE_STATE,
+        attribute.PAGE_STATE,
     ),
     _worker("tandem.kv.pages.capacity", Kind.GAUGE, "{page}", "Total KV cache pages of the engine."),
     _worker(
@@ -416,8 +353,8 @@ TABLE: tuple[Metric, ...] = (
         "s",
         "Time of a change to this role, its drain included, until the worker serves again. `restarted`: by an engine "
         "that was started anew.",
-        ROLE,
-        ROLE_CHANGE_OUTCOME,
+        attribute.ROLE,
+        attribute.ROLE_CHANGE_OUTCOME,
         buckets=limits.REQUEST_S,
     ),
     _worker(
@@ -426,15 +363,15 @@ TABLE: tuple[Metric, ...] = (
         "{message}",
         "Messages and requests that the engine's ports for the KV hand-over dropped because no engine had sent them, "
         "or they could not be read.",
-        DROP_REASON,
+        attribute.DROP_REASON,
     ),
     _registry(
         "tandem.members",
         Kind.GAUGE,
         "{member}",
         "Members of the view, by role and state; 0 for a role without members.",
-        MEMBER_ROLE,
-        MEMBER_STATE,
+        attribute.MEMBER_ROLE,
+        attribute.MEMBER_STATE,
     ),
     _registry("tandem.watchers", Kind.GAUGE, "{watcher}", "Watch streams of frontends and edges on this registry."),
     _registry(
@@ -442,7 +379,7 @@ TABLE: tuple[Metric, ...] = (
         Kind.GAUGE,
         "s",
         "Time since the last keepalive of each worker whose lease this registry holds.",
-        WORKER_ID,
+        attribute.WORKER_ID,
     ),
     _registry("tandem.lease.ttl", Kind.GAUGE, "s", "Age at which a lease expires."),
     _registry(
@@ -468,7 +405,7 @@ TABLE: tuple[Metric, ...] = (
         Kind.GAUGE,
         "{process}",
         "Processes of this frontend by state; `open`: reachable but not serving yet, `silent`: not responding.",
-        PROCESS_STATE,
+        attribute.PROCESS_STATE,
     ),
     _parent("tandem.process.restarts", Kind.COUNTER, "{restart}", "Restarts of processes of this frontend."),
     Metric("tandem.drains", Kind.COUNTER, "{drain}", "Drains started by this process.", EVERY),
@@ -486,16 +423,19 @@ BY_NAME: Mapping[str, Metric] = {metric.name: metric for metric in TABLE}
 
 
 def bounded(metric: Metric, attributes: Mapping[str, str]) -> dict[str, str]:
-    """The attributes, with `OTHER` for each value that is not in the catalog."""
-    known = {attribute.name: attribute.values for attribute in metric.attributes}
+    """The attributes, with `metric_attributes.OTHER` for each value that is not in the catalog."""
+    known = {each.name: each.values for each in metric.attributes}
     assert attributes.keys() <= known.keys(), f"{metric.name} has no attribute {attributes.keys() - known.keys()}"
-    return {name: value if not known[name] or value in known[name] else OTHER for name, value in attributes.items()}
+    return {
+        name: value if not known[name] or value in known[name] else attribute.OTHER
+        for name, value in attributes.items()
+    }
 
 
 def combinations(metric: Metric) -> list[dict[str, str]]:
     """Attributes of all series of a metric; empty when they are unknown or more than `KNOWN_SERIES_MAX`."""
-    names = [attribute.name for attribute in metric.attributes]
-    values = [attribute.values for attribute in metric.attributes]
+    names = [each.name for each in metric.attributes]
+    values = [each.values for each in metric.attributes]
     if math.prod(map(len, values)) > KNOWN_SERIES_MAX:
         return []
     return [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values)]

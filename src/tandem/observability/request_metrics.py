@@ -6,7 +6,7 @@ Pure translation, once per request and never per token.
 from __future__ import annotations
 
 from tandem.observability import request_trace as traces
-from tandem.observability.metric_catalog import CANCELLED
+from tandem.observability.metric_attributes import CANCELLED
 from tandem.observability.metrics import Metrics
 from tandem.observability.request_trace import AttemptTrace, RequestTrace
 

@@ -27,7 +27,8 @@ from tandem.domain.frontend import Frontend, default_frontend_id
 from tandem.domain.network_address import join_address
 from tandem.domain.worker import WorkerState
 from tandem.errors import StartError
-from tandem.observability.metric_catalog import PROCESS_STATE, Emitter
+from tandem.observability.metric_attributes import PROCESS_STATE
+from tandem.observability.metric_catalog import Emitter
 from tandem.observability.metrics import Measure, Metrics, Reading, Together, open_metrics
 from tandem.rpc.http2.listener import Listener
 from tandem.rpc.listening import check_listenable
