@@ -5,9 +5,7 @@ Subcommands are imported when they run, so that `tandem --help` prints at once.
 
 from __future__ import annotations
 
-import os
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -16,13 +14,13 @@ import typer
 from typer.exceptions import TyperException
 
 from tandem import __version__
-from tandem.cli import adapter_commands, completion, config_file, inspect_commands, machine_commands
+from tandem.cli import adapter_commands, completion, inspect_commands, machine_commands
 from tandem.cli.arguments import with_value
 from tandem.cli.exit_status import end
 from tandem.cli.plan import plan
 from tandem.cli.replay import replay
 from tandem.cli.state import DEMO_MODEL
-from tandem.domain.network_address import bare_host
+from tandem.cli.up_command import EngineName, LogDirectory, up
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -46,109 +44,10 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-Models = Annotated[
-    list[str],
-    typer.Option(
-        help="Model directory in Hugging Face format. For several models, once for each, as NAME=DIRECTORY; each has "
-        "as many workers; default: the package's tandem-demo.",
-        metavar="[NAME=]DIRECTORY",
-        show_default=False,
-    ),
-]
-EmbeddingModels = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Model that computes embeddings, with one worker; may be given again.", metavar="[NAME=]DIRECTORY"
-    ),
-]
-ModelAliases = Annotated[
-    list[str] | None, typer.Option(help="Another name of a model; may be given again.", metavar="ALIAS=MODEL")
-]
-DefaultModel = Annotated[str | None, typer.Option(help="Model of requests that name none; default: the only one.")]
-EngineName = Annotated[
-    str, typer.Option(help="Engine: sglang or simulated.", autocompletion=lambda: ("sglang", "simulated"))
-]
-LogDirectory = Annotated[
-    Path | None,
-    typer.Option(
-        "--log-dir", help="Directory for process logs; default: a new one in .tandem/logs.", metavar="DIRECTORY"
-    ),
-]
 Address = Annotated[str | None, typer.Option(help="Frontend host:port; default: that of `tandem up` here.")]
 TlsDirectory = Annotated[
     Path | None,
     typer.Option("--tls", help="Directory made by `tandem certs`; default: that of `tandem up` here.", metavar="DIR"),
-]
-Device = Annotated[str, typer.Option(help="Where the engines compute: auto (a GPU if there is one), cpu or cuda.")]
-DataType = Annotated[
-    str, typer.Option(help="Format of weights and KV: auto (the model's), float32, bfloat16, float16.")
-]
-KvCapacity = Annotated[
-    int | None, typer.Option(help="KV cache tokens per worker; default: what fits on a GPU, 16384 on a CPU.")
-]
-Certificates = Annotated[
-    Path | None, typer.Option(help="Directory made by `tandem certs`; default: plaintext.", metavar="DIR")
-]
-ConsulKey = Annotated[
-    Path | None, typer.Option(help="Private key of --consul-cert; default: from --tls.", metavar="FILE")
-]
-RunningRequests = Annotated[
-    int | None, typer.Option(help="Requests that a worker runs at a time; default: 256 on a GPU, 16 on a CPU.")
-]
-CanaryTimeout = Annotated[
-    float, typer.Option(help="Seconds for a worker's canary; the first one compiles kernels on a GPU.")
-]
-Collector = Annotated[
-    str | None, typer.Option(help="OTLP/gRPC collector for traces and metrics of all processes.", metavar="HOST:PORT")
-]
-ConsulAddress = Annotated[
-    str | None,
-    typer.Option(
-        help="Keep membership in Consul: in a new local agent, or in the existing one at ADDRESS; "
-        "default: in the registry's memory.",
-        metavar="[ADDRESS]",
-    ),
-]
-ConsulToken = Annotated[
-    Path | None,
-    typer.Option(help="File with the Consul ACL token; default: the token in $CONSUL_HTTP_TOKEN.", metavar="FILE"),
-]
-ConsulCa = Annotated[
-    Path | None, typer.Option(help="CA file for the Consul agent; default: from --tls.", metavar="FILE")
-]
-ConsulCert = Annotated[
-    Path | None, typer.Option(help="Client certificate for Consul; default: from --tls.", metavar="FILE")
-]
-Host = Annotated[
-    str, typer.Option(help="Address of this machine on which all processes listen, such as ::1.", metavar="HOST")
-]
-ApiKeys = Annotated[
-    Path | None,
-    typer.Option(help="API keys of the edge, a line `client-id: key` each; default: no keys.", metavar="FILE"),
-]
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option(
-        help="TOML file with options of this command, named with underscores; flags override it; default: none.",
-        metavar="FILE",
-        is_eager=True,
-        callback=config_file.use,
-    ),
-]
-LocalPrefill = Annotated[
-    bool | None,
-    typer.Option(
-        "--local-prefill/--no-local-prefill",
-        help="Aggregated workers take short prompts, and those that pairs would delay; default: the frontend's.",
-    ),
-]
-LocalPrefillMaxTokens = Annotated[int | None, typer.Option(help="Uncached tokens up to which a prompt is short.")]
-LocalPrefillShare = Annotated[
-    float | None, typer.Option(help="Share of an aggregated worker's time for prompts, above 0, up to 1.")
-]
-WithMetrics = Annotated[bool, typer.Option("--metrics/--no-metrics", help="Open a Prometheus port in every process.")]
-WithConsole = Annotated[
-    bool, typer.Option("--console/--no-console", help="Serve a page that shows fleet and requests, behind a key.")
 ]
 MinP = Annotated[float | None, typer.Option(help="Minimum probability relative to the most likely token, 0 to 1.")]
 PresencePenalty = Annotated[float | None, typer.Option(help="Penalty for tokens that already appeared, -2 to 2.")]
@@ -193,103 +92,7 @@ def version(
         raise typer.Exit
 
 
-@app.command()
-def up(
-    context: typer.Context,
-    prefill: Annotated[int, typer.Option(help="Number of prefill workers.")] = 1,
-    decode: Annotated[int, typer.Option(help="Number of decode workers.")] = 1,
-    aggregated: Annotated[int, typer.Option(help="Number of workers that run both prefill and decode.")] = 0,
-    model: Models = [str(DEMO_MODEL)],  # noqa: B006 -- typer reads it only
-    model_name: Annotated[str | None, typer.Option(help="Served model name; default: name of --model.")] = None,
-    embedding_model: EmbeddingModels = None,
-    alias: ModelAliases = None,
-    default_model: DefaultModel = None,
-    adapter: adapter_commands.AdaptersAtStart = None,
-    adapter_root: adapter_commands.AdapterRoot = None,
-    engine: EngineName = "sglang",
-    frontends: Annotated[int, typer.Option(help="Number of frontends.")] = 1,
-    frontend_processes: Annotated[int, typer.Option(help="Processes per frontend.")] = 1,
-    host: Host = "127.0.0.1",
-    routing_policy: Annotated[
-        str | None,
-        typer.Option(help="auto, random, power_of_two, least_work, prefix or session; default: the frontend's."),
-    ] = None,
-    session_header: Annotated[str | None, typer.Option(help="Header with the session's id.")] = None,
-    local_prefill: LocalPrefill = None,
-    local_prefill_max_tokens: LocalPrefillMaxTokens = None,
-    local_prefill_share: LocalPrefillShare = None,
-    port: Annotated[int, typer.Option(help="gRPC port of the first frontend; 0: any free port.")] = 0,
-    edge: Annotated[bool, typer.Option("--edge/--no-edge", help="Serve HTTP through Envoy.")] = True,
-    http_port: Annotated[int, typer.Option(help="HTTP port of the edge; 0: any free port.")] = 0,
-    api_keys: ApiKeys = None,
-    device: Device = "auto",
-    dtype: DataType = "auto",
-    kv_capacity_tokens: KvCapacity = None,
-    running_requests_max: RunningRequests = None,
-    canary_timeout_s: CanaryTimeout = 300,
-    engine_extra: Annotated[str, typer.Option(help="Further arguments of the engine, as a JSON object.")] = "{}",
-    tool_parser: Annotated[str | None, typer.Option(help="SGLang's parser of tool calls for this model.")] = None,
-    reasoning_parser: Annotated[str | None, typer.Option(help="SGLang's parser of reasoning for this model.")] = None,
-    admin: Annotated[bool, typer.Option("--admin", help="Allow `tandem profile` on workers and frontends.")] = False,
-    log_dir: LogDirectory = None,
-    otlp_endpoint: Collector = None,
-    tls: Certificates = None,
-    registries: Annotated[int, typer.Option(help="Number of registries; more than one requires --consul.")] = 1,
-    consul: ConsulAddress = None,
-    consul_service: Annotated[str, typer.Option(help="Service name of this cluster in Consul.")] = "tandem",
-    consul_token_file: ConsulToken = None,
-    consul_ca: ConsulCa = None,
-    consul_cert: ConsulCert = None,
-    consul_key: ConsulKey = None,
-    metrics: WithMetrics = True,
-    console: WithConsole = False,
-    console_port: Annotated[int, typer.Option(help="Port of the console; 0: any free port.")] = 0,
-    config: ConfigFile = None,
-) -> None:
-    """Run a cluster on this machine; Ctrl-C drains and stops it."""
-    from rich.console import Console
-
-    from tandem.cli import up as up_command
-    from tandem.cli.checks import named_models
-    from tandem.cli.consul_options import read_options
-    from tandem.local_cluster.cluster import ClusterSpec
-
-    flags = {
-        "device": device,
-        "dtype": dtype,
-        "engine-extra": engine_extra,
-        "canary-timeout-s": f"{canary_timeout_s:g}",
-    }
-    flags |= _given({"kv-capacity-tokens": kv_capacity_tokens, "running-requests-max": running_requests_max})
-    flags |= _given({"adapters": ",".join(adapter) if adapter else None})
-    flags |= _given({"adapter-root": None if adapter_root is None else str(adapter_root)})
-    flags |= _given({"admin-enabled": "true" if admin else None})
-    parsers = {"tool-parser": tool_parser, "reasoning-parser": reasoning_parser}
-    naming = {"model-aliases": ",".join(alias) if alias else None, "default-model": default_model}
-    routing = {
-        "routing-policy": routing_policy,
-        "session-header": session_header,
-        "local-prefill": None if local_prefill is None else str(local_prefill).lower(),
-        "local-prefill-max-tokens": local_prefill_max_tokens,
-        "local-prefill-share": local_prefill_share,
-    }
-    role_flags = {"frontend": _given({**parsers, **naming, **routing, "admin-enabled": "true" if admin else None})}
-    role_flags["edge"] = _given({"api-keys": None if api_keys is None else str(api_keys)})
-    files = {"token_file": consul_token_file, "ca": consul_ca, "cert": consul_cert, "key": consul_key}
-
-    async def run() -> int:
-        consul_options = read_options(consul, consul_service, environ=os.environ, **files)
-        named = named_models(model, model_name, embedding_model or ())
-        return await up_command.up(replace(spec, consul=consul_options, **named), Console())
-
-    spec = ClusterSpec(
-        model=DEMO_MODEL, engine=engine, log_directory=log_dir, worker_flags=flags,
-        role_flags=role_flags, registries=registries, prefill=prefill, decode=decode, aggregated=aggregated,
-        frontends=frontends, frontend_processes=frontend_processes, frontend_port=port, edge=edge, http_port=http_port,
-        tls=tls, metrics=metrics, otlp_endpoint=otlp_endpoint, host=bare_host(host),
-        console_port=console_port if console else None,
-    )  # fmt: skip
-    end("up", config_file.located(context, run()))
+app.command()(up)
 
 
 @app.command()
@@ -487,10 +290,6 @@ adapter_commands.add_to(app)
 machine_commands.add_to(app)
 app.command()(replay)
 app.command()(plan)
-
-
-def _given(flags: Mapping[str, str | float | None]) -> dict[str, str]:
-    return {name: str(value) for name, value in flags.items() if value is not None}
 
 
 def _standard_input() -> str:
