@@ -29,6 +29,7 @@ class ScriptedRegistry(pb_grpc.RegistryServiceServicer):
     # What no client of these tests calls answers UNIMPLEMENTED.
     Drain: Any = pb_grpc.RegistryServiceServicer.Drain
     ChangeRole: Any = pb_grpc.RegistryServiceServicer.ChangeRole
+    Campaign: Any = pb_grpc.RegistryServiceServicer.Campaign
     List: Any = pb_grpc.RegistryServiceServicer.List
 
     def __init__(self, registry_id: str = "scripted", ttl_s: float = 5.0) -> None:

@@ -70,6 +70,10 @@ class RegistryServiceStub:
     ROLE_CHANGE_REFUSED: no serving worker of its present role and model would be left (see `force`), the view is not
     live, or the worker refuses; nothing has changed.
     """
+    Campaign: _grpc.UnaryUnaryMultiCallable[_registry_service_pb2.CampaignRequest, _registry_service_pb2.CampaignResponse]
+    """Asks to lead an election, or to go on leading it. One candidate leads at a time; it has to ask again within the time
+    to live. No member: it is in no view.
+    """
 
 @_typing.type_check_only
 class RegistryServiceAsyncStub(RegistryServiceStub):
@@ -112,6 +116,10 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     WORKER_NOT_FOUND: no such worker. STALE_EPOCH: another start of it is registered.
     ROLE_CHANGE_REFUSED: no serving worker of its present role and model would be left (see `force`), the view is not
     live, or the worker refuses; nothing has changed.
+    """
+    Campaign: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.CampaignRequest, _registry_service_pb2.CampaignResponse]  # type: ignore[assignment]
+    """Asks to lead an election, or to go on leading it. One candidate leads at a time; it has to ask again within the time
+    to live. No member: it is in no view.
     """
 
 class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -206,6 +214,16 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         WORKER_NOT_FOUND: no such worker. STALE_EPOCH: another start of it is registered.
         ROLE_CHANGE_REFUSED: no serving worker of its present role and model would be left (see `force`), the view is not
         live, or the worker refuses; nothing has changed.
+        """
+
+    @_abc_1.abstractmethod
+    def Campaign(
+        self,
+        request: _registry_service_pb2.CampaignRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_service_pb2.CampaignResponse, _abc.Awaitable[_registry_service_pb2.CampaignResponse]]:
+        """Asks to lead an election, or to go on leading it. One candidate leads at a time; it has to ask again within the time
+        to live. No member: it is in no view.
         """
 
 def add_RegistryServiceServicer_to_server(servicer: RegistryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
