@@ -16,6 +16,7 @@ from tandem.domain.request_state import LegRole, Phase
 from tandem.domain.worker import WorkerRole, WorkerState
 from tandem.errors import StartError, TandemError
 from tandem.observability import metric_buckets as limits
+from tandem.observability.controller_rows import CONTROLLER_ROWS
 from tandem.observability.metric_types import EVERY, Attribute, Metric
 from tandem.observability.metric_types import Emitter as Emitter
 from tandem.observability.metric_types import Kind as Kind
@@ -468,6 +469,7 @@ TABLE: tuple[Metric, ...] = (
         PROCESS_STATE,
     ),
     _parent("tandem.process.restarts", Kind.COUNTER, "{restart}", "Restarts of processes of this frontend."),
+    *CONTROLLER_ROWS,
     Metric("tandem.drains", Kind.COUNTER, "{drain}", "Drains started by this process.", EVERY),
     Metric(
         "tandem.event_loop.lag",
