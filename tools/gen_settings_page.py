@@ -36,6 +36,7 @@ from tandem import config_errors
 from tandem.cli import checks
 from tandem.cli.app import app
 from tandem.config import CONVENTIONS, AdminConfig, RpcServiceConfig, ServiceConfig, flag_name, variable_prefix
+from tandem.controller.settings import ControllerConfig
 from tandem.domain.limits import PORT_MAX
 from tandem.engine.simulated import options
 from tandem.worker.config import WorkerConfig
@@ -52,6 +53,7 @@ SECTIONS: tuple[tuple[str, str, str, type[BaseModel], type[BaseModel] | None], .
     ("Decode only", "decode", "DECODE", DecodeConfig, WorkerConfig),
     ("Registry", "registry", "REGISTRY", RegistryConfig, RpcServiceConfig),
     ("Edge", "edge", "EDGE", EdgeConfig, ServiceConfig),
+    ("Controller", "controller", "CONTROLLER", ControllerConfig, RpcServiceConfig),
 )
 HEADS = ("key", "flag", "variable", "type", "default", "limits", "meaning")
 UNITS = {

@@ -18,7 +18,7 @@ import pytest_asyncio
 from tandem.api.types.v1 import generation_pb2
 from tandem.local_cluster.cluster import ClusterSpec, LocalCluster
 from tandem.local_cluster.consul import ClusterConsul
-from tandem.observability.metric_catalog import BY_NAME, TABLE, Kind
+from tandem.observability.metric_catalog import BY_NAME, TABLE, Emitter, Kind
 from tandem.observability.metric_types import prometheus_name
 from tandem.observability.otel_metrics import READ_EVERY_S
 from tandem.testing.eventually import assert_eventually
@@ -32,6 +32,8 @@ pytestmark = [pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(120
 
 WITHIN_S = 20.0
 OF_PROCESSES = ("tandem.processes", "tandem.process.restarts")
+OF_CONTROLLER = {metric.name for metric in TABLE if metric.emitters == (Emitter.CONTROLLER,)}
+"""See test_controller.py: a cluster starts no controller."""
 OF_SGLANG = ("tandem.engine.messages.dropped",)
 """The simulated engine has no port that drops."""
 OF_CONSUL = ("tandem.view.live", "tandem.consul.answer.age", "tandem.consul.index_lag")
@@ -185,10 +187,13 @@ async def world_of_processes(tmp_path_factory: pytest.TempPathFactory) -> AsyncI
 
 
 async def test_every_row_has_its_case() -> None:
-    assert set(CASES) == set(BY_NAME)
+    assert set(CASES) == set(BY_NAME) - OF_CONTROLLER
 
 
-@pytest.mark.parametrize("name", [name for name in BY_NAME if name not in (*OF_CONSUL, *OF_PROCESSES, *OF_SGLANG)])
+APART = {*OF_CONSUL, *OF_PROCESSES, *OF_SGLANG, *OF_CONTROLLER}
+
+
+@pytest.mark.parametrize("name", [name for name in BY_NAME if name not in APART])
 async def test_it_moves_when_its_thing_happens(name: str, world: World) -> None:
     await assert_moves(name, world)
 

@@ -51,6 +51,7 @@ async def test_a_registry_may_do_its_work(consul: GuardedConsul, registry: Consu
     assert await registry.get(f"/v1/agent/service/{MEMBER['ID']}")
     assert await registry.put("/v1/kv/tandem/generation?cas=0", b"one") is True
     assert await registry.put("/v1/kv/tandem/generation?cas=0", b"two") is False
+    assert await registry.put("/v1/kv/tandem/leader/roles-of-workers?cas=0", b"one") is True
     (key,) = await registry.get("/v1/kv/tandem/generation?consistent")
     assert base64.b64decode(key["Value"]) == b"one"
     elsewhere = {"Node": consul.host.first.name, "ServiceID": MEMBER["ID"]}
@@ -67,7 +68,7 @@ async def test_a_registry_may_do_nothing_else(consul: GuardedConsul, registry: C
     await refused(registry, "PUT", "/v1/catalog/deregister", {"Node": consul.host.first.name})
     node = {"Node": "intruder", "Address": "127.0.0.9"}
     await refused(registry, "PUT", "/v1/catalog/register", node)
-    for key in ("billing/secret", "tandem/other", "tandem-blue/generation", "generation"):
+    for key in ("billing/secret", "tandem/other", "tandem/leader", "tandem-blue/generation", "generation"):
         await refused(registry, "PUT", f"/v1/kv/{key}", b"mine")
         await refused(registry, "DELETE", f"/v1/kv/{key}")
     await refused(registry, "GET", "/v1/kv/billing/secret")

@@ -12,8 +12,11 @@ import psutil
 import pytest
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
-from tandem.domain.worker import WorkerRole
+from tandem.controller.app import ControllerApp
+from tandem.controller.settings import ControllerConfig
+from tandem.domain.worker import Worker, WorkerRole
 from tandem.local_cluster.cluster import LocalCluster
+from tandem.testing.eventually import assert_eventually
 from tests.integration.conftest import running
 from tests.integration.support.calls import generate, request_of
 from tests.integration.support.role_changes import (
@@ -80,6 +83,26 @@ async def turn(cluster: LocalCluster, load: ExactLoad, role: WorkerRole, *, in_p
     await load.wait_served_by(await assert_serves(cluster, before, role, done.worker))
 
 
+async def controlled_turn(cluster: LocalCluster, load: ExactLoad) -> None:
+    """A controller gives decode a worker, by itself: its goal for the ITL is one that no engine reaches."""
+    before = await workers_of(cluster)
+    config = ControllerConfig(
+        registry=(cluster.registry.address,), ttft_s=30.0, itl_s=1e-5, interval_s=0.5, window_s=4.0, confirm_s=1.0
+    )
+    async with ControllerApp.open(config) as app:
+
+        async def taken() -> list[Worker]:
+            present = await workers_of(cluster)
+            return [one for one in present.values() if one.role is DECODE and before[one.worker_id].role is PREFILL]
+
+        (worker,) = await assert_eventually(taken, within_s=120, what="a worker that the controller changed")
+        await load.wait_served_by(worker)
+        assert worker.epoch > before[worker.worker_id].epoch
+        # The last prefill worker keeps its role.
+        assert [*(one.role for one in (await workers_of(cluster)).values())].count(PREFILL) == 1
+        assert await app.drain()
+
+
 async def test_a_worker_takes_each_role_under_load_and_no_request_fails(tmp_path: Path) -> None:
     async with running(tmp_path, prefill=2, worker_flags={"dtype": "float32"}) as cluster:
         asks = await asks_of(cluster)
@@ -89,6 +112,7 @@ async def test_a_worker_takes_each_role_under_load_and_no_request_fails(tmp_path
             await turn(cluster, load, AGGREGATED, in_place=False)
             await turn(cluster, load, DECODE, in_place=False)
             await turn(cluster, load, PREFILL, in_place=True)
+            await controlled_turn(cluster, load)
         moved = [stream.finish.timings for stream in load.streams if stream.finish.route.prefill_worker_id]
         assert all(timings.kv_transfer_bytes and not timings.recomputed_tokens for timings in moved)
         await assert_pages_free(cluster)

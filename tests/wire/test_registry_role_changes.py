@@ -22,7 +22,7 @@ from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from tandem.api.types.v1 import role_change_pb2, worker_pb2
 from tandem.api.worker.v1 import worker_service_pb2 as pb
 from tandem.api.worker.v1 import worker_service_pb2_grpc as pb_grpc
-from tandem.client.role_calls import change_role
+from tandem.client.role_calls import Leading, campaign, change_role
 from tandem.domain.worker import Worker, WorkerRole, WorkerState
 from tandem.errors import (
     InvalidRequest,
@@ -226,3 +226,24 @@ def scripted_backend(
         return View("r", 1, listed)
 
     return cast("Backend", SimpleNamespace(view=view, origin=Origin(is_live, 0.0)))
+
+
+async def test_only_the_leader_of_the_present_term_changes_a_role(registry: RegistryApp, played: PlayedWorker) -> None:
+    await register(registry, make_worker("decode-0", 1, played.address), make_worker("decode-1"))
+    election = "roles-of-workers"
+    first = await campaign(registry.address, election, "controller-a")
+    assert first.leader_id == "controller-a"
+    assert first.time_to_live.ToNanoseconds() == 60 * 10**9
+    waiting = await campaign(registry.address, election, "controller-b")
+    assert (waiting.leader_id, waiting.term) == ("controller-a", first.term)
+    assert (await change(registry, leading=Leading(election=election, term=first.term)))[-1].stage == DONE
+    await campaign(registry.address, election, "controller-a", resign=True)
+    with pytest.raises(RoleChangeRefused, match="it has no leader"):
+        await change(registry, leading=Leading(election=election, term=first.term))
+    second = await campaign(registry.address, election, "controller-b")
+    assert (second.leader_id, second.term > first.term) == ("controller-b", True)
+    with pytest.raises(RoleChangeRefused, match=f"it has term {second.term}"):
+        await change(registry, leading=Leading(election=election, term=first.term))
+    assert len(played.asked) == 1
+    with pytest.raises(InvalidRequest, match="candidate_id: must be 1 to"):
+        await campaign(registry.address, election, "a b")

@@ -11,6 +11,11 @@ key "tandem/generation" {
   policy = "write"
 }
 
+# Holds one key for each election: which controller leads.
+key_prefix "tandem/leader/" {
+  policy = "write"
+}
+
 # Consul reports the health of a service together with that of its node.
 node_prefix "" {
   policy = "read"

@@ -45,6 +45,7 @@ class RoleChanges:
         worker_id, role = checked_worker_id("worker_id", request.worker_id), _checked_role(request)
         if request.HasField("epoch"):
             checked_epoch("epoch", request.epoch)
+        await self._check_leader(request, worker_id)
         worker = self._admitted(await self._backend.view(), worker_id, role, request)
         forwarded = worker_pb.ChangeRoleRequest(worker_epoch=worker.epoch, role=request.role)
         if request.HasField("drain_timeout"):
@@ -62,6 +63,17 @@ class RoleChanges:
             if is_first and not has_begun:
                 self._leaving.discard(worker.start)
             raise
+
+    async def _check_leader(self, request: pb.ChangeRoleRequest, worker_id: str) -> None:
+        """Refuse a leader whose term has ended: another one may be changing roles."""
+        if not request.HasField("election"):
+            return
+        leader = await self._backend.leader(checked_worker_id("election", request.election))
+        if leader is None or leader.term != request.leader_term:
+            now = "it has no leader" if leader is None else f"it has term {leader.term}"
+            raise RoleChangeRefused(
+                f"the leader of term {request.leader_term} of {request.election} leads no more: {now}", worker=worker_id
+            )
 
     def _admitted(self, view: View, worker_id: str, role: WorkerRole, request: pb.ChangeRoleRequest) -> Worker:
         """The worker, which may leave its role."""

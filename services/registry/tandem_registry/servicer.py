@@ -161,6 +161,13 @@ class RegistryServicer(pb_grpc.RegistryServiceServicer):
         """Unload an adapter on all workers that have it."""
         return await self._adapter_changes.unload(request)
 
+    async def Campaign(self, request: pb.CampaignRequest, context: Any) -> pb.CampaignResponse:  # noqa: N802
+        """Let a candidate lead, or report who does."""
+        election = checked_worker_id("election", request.election)
+        candidate_id = checked_worker_id("candidate_id", request.candidate_id)
+        leadership, ttl_s = await self._backend.campaign(election, candidate_id, resign=request.resign)
+        return pb.CampaignResponse(leader_id=leadership.leader_id, term=leadership.term, time_to_live=duration(ttl_s))
+
     async def Deregister(self, request: pb.DeregisterRequest, context: Any) -> pb.DeregisterResponse:  # noqa: N802
         """Remove a worker or a frontend."""
         return pb.DeregisterResponse(revision=await self._backend.deregister(checked_lease_id(request.lease_id)))

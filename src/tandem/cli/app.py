@@ -16,6 +16,7 @@ from typer.exceptions import TyperException
 from tandem import __version__
 from tandem.cli import adapter_commands, completion, inspect_commands, machine_commands
 from tandem.cli.arguments import with_value
+from tandem.cli.controller import CONTEXT, controller
 from tandem.cli.exit_status import end
 from tandem.cli.plan import plan
 from tandem.cli.replay import replay
@@ -290,6 +291,7 @@ adapter_commands.add_to(app)
 machine_commands.add_to(app)
 app.command()(replay)
 app.command()(plan)
+app.command(context_settings=CONTEXT)(controller)
 
 
 def _standard_input() -> str:

@@ -14,6 +14,7 @@ import typer
 from tandem.cli.exit_status import end_call
 from tandem.domain.recorded_load import RecordedCluster
 from tandem.errors import ConfigError
+from tandem.tls.paths import Tls
 
 WINDOW_S_MAX = 86_400.0
 
@@ -49,6 +50,10 @@ def plan(
     observe: Annotated[
         float, typer.Option(help="Running cluster: seconds to record on; a frontend keeps few finished requests.")
     ] = 0.0,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Running cluster: change the roles of its workers as planned.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --apply: do not ask before.")] = False,
     model: Annotated[str | None, typer.Option(help="Running cluster: model; default: the only one.")] = None,
     address: Annotated[
         str | None,
@@ -73,10 +78,19 @@ def plan(
         )  # fmt: skip
         # Wrong options are refused before a cluster is observed.
         request.goals()
+        if apply and trace is not None:
+            raise ConfigError("apply", "needs a running cluster, not a trace")
+        if yes and not apply:
+            raise ConfigError("yes", "is only for --apply")
         status = Console(stderr=True)
         if trace is None:
             cluster = asyncio.run(_recorded(address, tls, model, window, observe))
-            return run_recorded(request, cluster, fleet, table_console(), status)
+            counts = run_recorded(request, cluster, fleet, table_console(), status)
+            if counts is None or not apply:
+                return 1 if counts is None else 0
+            from tandem.cli.plan_apply import apply_plan
+
+            return asyncio.run(apply_plan(counts, cluster, *_cluster_of(address, tls), is_agreed=yes))
         if fleet is None:
             raise ConfigError("fleet", "is required with a trace, which says nothing of the workers")
         return run(request, trace, fleet, table_console(), status)
@@ -89,10 +103,16 @@ async def _recorded(
 ) -> RecordedCluster:
     from tandem.cli.membership import registry_addresses
     from tandem.cli.recorded_load import recorded_cluster
-    from tandem.cli.state import find_tls, read_state
 
     for name, value, least in (("window", window_s, 1.0), ("observe", observe_s, 0.0)):
         if not least <= value <= WINDOW_S_MAX:
             raise ConfigError(name, f"must be {least:g} to {WINDOW_S_MAX:g} seconds, not {value:g}")
-    registries = await registry_addresses(address or read_state().registry)
-    return await recorded_cluster(registries, find_tls(tls), model=model, window_s=window_s, observe_s=observe_s)
+    where, certificate = _cluster_of(address, tls)
+    registries = await registry_addresses(where)
+    return await recorded_cluster(registries, certificate, model=model, window_s=window_s, observe_s=observe_s)
+
+
+def _cluster_of(address: str | None, tls: Path | None) -> tuple[str, Tls | None]:
+    from tandem.cli.state import find_tls, read_state
+
+    return address or read_state().registry, find_tls(tls)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 from tandem.observability import metric_attributes as attribute
 from tandem.observability import metric_buckets as limits
+from tandem.observability.controller_rows import CONTROLLER_ROWS
 from tandem.observability.metric_types import EVERY, Attribute, Metric
 from tandem.observability.metric_types import Emitter as Emitter
 from tandem.observability.metric_types import Kind as Kind
@@ -408,6 +409,7 @@ TABLE: tuple[Metric, ...] = (
         attribute.PROCESS_STATE,
     ),
     _parent("tandem.process.restarts", Kind.COUNTER, "{restart}", "Restarts of processes of this frontend."),
+    *CONTROLLER_ROWS,
     Metric("tandem.drains", Kind.COUNTER, "{drain}", "Drains started by this process.", EVERY),
     Metric(
         "tandem.event_loop.lag",

@@ -21,6 +21,7 @@ class Emitter(Enum):
     WORKER = "worker"
     REGISTRY = "registry"
     EDGE = "edge"
+    CONTROLLER = "controller"
     PARENT = "parent"
     """The parent process of a frontend with several processes."""
 

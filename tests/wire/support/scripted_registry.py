@@ -31,6 +31,7 @@ class ScriptedRegistry(pb_grpc.RegistryServiceServicer):
     ChangeRole: Any = pb_grpc.RegistryServiceServicer.ChangeRole
     LoadAdapter: Any = pb_grpc.RegistryServiceServicer.LoadAdapter
     UnloadAdapter: Any = pb_grpc.RegistryServiceServicer.UnloadAdapter
+    Campaign: Any = pb_grpc.RegistryServiceServicer.Campaign
     List: Any = pb_grpc.RegistryServiceServicer.List
 
     def __init__(self, registry_id: str = "scripted", ttl_s: float = 5.0) -> None:

@@ -40,6 +40,8 @@ class ChangeReports:
     def _report(self) -> None:
         self._is_planned = False
         self._last_s = self._loop.time()
+        if self._engine.has_left:
+            return
         load = self._engine.load()
         for frontend in self._frontends:
             frontend.note_load(self._engine.worker.start, load)

@@ -57,6 +57,8 @@ class AccountedEngine:
         """Called when a prompt has come or is computed."""
         capabilities = worker.capabilities
         self.worker = worker
+        self.has_left = False
+        """Whether the worker has taken another role: then another engine is its next start."""
         self.figures = Figures()
         self._options = options
         self._loop = asyncio.get_running_loop()
@@ -93,6 +95,14 @@ class AccountedEngine:
         """All KV of a request has arrived: it generates from the next step on."""
         self.batch.waiting.append(job)
         self._wake()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is open here: no prompt, no transfer, no answer, and no request that waits for memory."""
+        has_prompts = self._step is not None or self.prompts.waiting or self._peers or self._arrivals
+        return not (
+            has_prompts or len(self.batch) or self.batch.waiting or self.memory.used_tokens or self.memory.asking
+        )
 
     def load(self) -> EngineLoad:
         """As a worker reports it."""

@@ -139,6 +139,15 @@ class FleetFile(_Section):
             for worker in (self._worker(role, number, tokens, running) for number in range(count))
         )
 
+    def in_role(self, worker: Worker, role: WorkerRole) -> Worker:
+        """A worker of this fleet after it has taken another role: the next start, with that role's memory."""
+        number = int(worker.worker_id.rpartition("-")[2])
+        section = {WorkerRole.PREFILL: self.prefill, WorkerRole.AGGREGATED: self.aggregated}.get(role)
+        tokens = self.decode.kv_capacity_tokens if section is None else self._tokens(section)
+        running = self.decode.running_requests_max if section is None else section.running_requests_max
+        taken = self._worker(role, number, tokens, running)
+        return replace(taken, worker_id=worker.worker_id, address=worker.address, epoch=worker.epoch + 1)
+
     def _tokens(self, section: PromptWorkers) -> int:
         return UNLIMITED_TOKENS if section.cache_blocks is None else section.cache_blocks * self.block_tokens
 

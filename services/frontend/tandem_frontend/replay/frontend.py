@@ -107,12 +107,21 @@ class ReplayedFrontend:
         if settings.local_prefill:
             rule = LocalPrefillSettings(settings.local_prefill_max_tokens, settings.local_prefill_share)
             self._local = LocalPrefill(self._costs, self._backlog, rule, clock)
+        self._workers: tuple[Worker, ...] = ()
         self._routes = Routes(
-            SERVED_MODEL, lambda: workers, lambda: NO_STARTS, refusals, breakers, rng, chosen_by, self._costs,
+            SERVED_MODEL, lambda: self._workers, lambda: NO_STARTS, refusals, breakers, rng, chosen_by, self._costs,
             self._local,
         )  # fmt: skip
-        for follower in (breakers, self._capacity, self._routes):
+        self._breakers = breakers
+        self.open_count = self.ended_count = self.waiting_count = 0
+        self.follow(workers)
+
+    def follow(self, workers: tuple[Worker, ...]) -> None:
+        """A new view of the registry."""
+        self._workers = workers
+        for follower in (self._breakers, self._capacity, self._routes):
             follower.follow(workers)
+        self._admission.reevaluate_soon()
 
     def note_load(self, start: Start, load: EngineLoad) -> None:
         """A worker's load report."""
@@ -124,20 +133,32 @@ class ReplayedFrontend:
 
     async def serve(self, request: TracedRequest, hashes: tuple[int, ...]) -> Served:
         """One request, from its arrival to its end."""
+        self.open_count += 1
+        self.waiting_count += 1
+        served = await self._serve(request, hashes)
+        self.open_count -= 1
+        self.ended_count += 1
+        return served
+
+    async def _serve(self, request: TracedRequest, hashes: tuple[int, ...]) -> Served:
         arrival_s = self._loop.time()
         queued = QueuedRequest(
             tokens=request.prompt_tokens + request.answer_tokens,
             answer_tokens=request.answer_tokens,
             prompt_tokens=request.prompt_tokens,
         )
+        is_waiting = True
         try:
             with self._admission.admit():
                 async with self._admission.slot(queued) as work:
+                    self.waiting_count -= 1
+                    is_waiting = False
                     queue_s = self._loop.time() - arrival_s
                     job = Job(request.prompt_tokens, request.answer_tokens, hashes)
                     route = self._route(job)
                     await self._run(job, route, work)
         except TandemError as problem:
+            self.waiting_count -= is_waiting
             return Served(
                 number=request.number,
                 frontend=self.number,

@@ -51,9 +51,13 @@ class KnownCaches:
         """All workers that have a prefix cache are followed, from an empty one on."""
         self.index = PrefixIndex(BLOCKS_MAX)
         for worker in workers:
-            if worker.role is not WorkerRole.DECODE:
-                self.index.reset(worker.start, worker.capabilities.page_size_tokens)
-                self.index.complete(worker.start)
+            self.add(worker)
+
+    def add(self, worker: Worker) -> None:
+        """Follow a worker's cache, which is empty."""
+        if worker.role is not WorkerRole.DECODE:
+            self.index.reset(worker.start, worker.capabilities.page_size_tokens)
+            self.index.complete(worker.start)
 
     @property
     def is_live(self) -> bool:

@@ -22,6 +22,7 @@ from tandem_frontend.replay.fleet_file import FleetFile
 from tandem_frontend.replay.frontend import ReplayedFrontend, Served
 from tandem_frontend.replay.job import Job
 from tandem_frontend.replay.prompt_queue import whole_s
+from tandem_frontend.replay.role_changes import ReplayedRoles, RoleChange, Steering
 from tandem_frontend.replay.trace import ChainHashes, TracedRequest
 from tandem_frontend.routing.prefix_index import PrefixIndex
 
@@ -41,6 +42,7 @@ class Replay:
     """With what each has done."""
     end_s: float
     """Virtual time of the last request's end."""
+    role_changes: tuple[RoleChange, ...] = ()
 
 
 def replay(
@@ -50,6 +52,7 @@ def replay(
     policy: str,
     seed: int,
     progress: Progress = lambda count: None,
+    steering: Steering | None = None,
 ) -> Replay:
     """Run a trace against a fleet in virtual time.
 
@@ -60,8 +63,9 @@ def replay(
         policy: one of `POLICIES`.
         seed: of all randomness but the trace's own.
         progress: see `Progress`.
+        steering: changes the roles of workers meanwhile; None: the fleet stays as it is.
     """
-    return run_virtually(_Simulation(fleet, options, policy, seed, progress).run(trace))
+    return run_virtually(_Simulation(fleet, options, policy, seed, progress, steering).run(trace))
 
 
 def utilisation_of(options: Options, trace: Sequence[TracedRequest], workers_count: int) -> float:
@@ -71,32 +75,49 @@ def utilisation_of(options: Options, trace: Sequence[TracedRequest], workers_cou
 
 
 class _Simulation:
-    def __init__(self, fleet: FleetFile, options: Options, policy: str, seed: int, progress: Progress) -> None:
+    def __init__(
+        self, fleet: FleetFile, options: Options, policy: str, seed: int, progress: Progress, steering: Steering | None
+    ) -> None:
         self._fleet = fleet
+        self._steering = steering
         self._options = options
         self._policy = policy
         self._seed = seed
         self._progress = progress
         self._engines: dict[Start, AccountedEngine] = {}
         self._frontends: list[ReplayedFrontend] = []
+        self._indexes: list[PrefixIndex] = []
         self._left = 0
 
     async def run(self, trace: Sequence[TracedRequest]) -> Replay:
         workers = self._fleet.workers()
-        # Filled below: the engines' caches are followed by the frontends, whose oracle sees the engines.
-        indexes: list[PrefixIndex] = []
-        self._engines.update((worker.start, self._engine(worker, indexes)) for worker in workers)
+        # The indexes are filled below: the frontends follow the engines' caches, and their oracle sees the engines.
+        self._engines.update((worker.start, self._engine(worker)) for worker in workers)
         self._frontends = [self._frontend(number, workers) for number in range(self._fleet.frontend.count)]
-        indexes += [frontend.caches.index for frontend in self._frontends]
+        self._indexes += [frontend.caches.index for frontend in self._frontends]
         self._left = len(trace)
         self._report_loads()
+        roles = ReplayedRoles(self._fleet, workers, self._engines, self._frontends, self._add)
+        steering = asyncio.create_task(self._steering.run(roles)) if self._steering else None
         tasks = await self._feed(trace)
         served = tuple(await asyncio.gather(*tasks))
         end_s = max(one.end_s for one in served)
-        return Replay(self._policy, served, tuple(self._engines.values()), end_s)
+        if steering is not None:
+            if steering.done():
+                steering.result()
+            steering.cancel()
+        return Replay(self._policy, served, tuple(self._engines.values()), end_s, tuple(roles.done))
 
-    def _engine(self, worker: Worker, indexes: Sequence[PrefixIndex]) -> AccountedEngine:
-        feed = CacheFeed(worker.start, indexes, self._fleet.frontend.event_delay_s)
+    def _add(self, worker: Worker) -> None:
+        """A worker serves in another role, as a new start."""
+        self._engines[worker.start] = engine = self._engine(worker)
+        self._report_changes(engine)
+        for frontend in self._frontends:
+            frontend.caches.add(worker)
+            self._report_load(engine, frontend, 0.0)
+
+    def _engine(self, worker: Worker) -> AccountedEngine:
+        feed = CacheFeed(worker.start, self._indexes, self._fleet.frontend.event_delay_s)
         return AccountedEngine(worker, self._options, self._rng(worker.worker_id).getrandbits(32), feed)
 
     def _frontend(self, number: int, workers: tuple[Worker, ...]) -> ReplayedFrontend:
@@ -133,17 +154,24 @@ class _Simulation:
 
     def _report_loads(self) -> None:
         """Begin the reports of each worker to each frontend; no two at the same moment."""
-        loop, rng = asyncio.get_running_loop(), self._rng("load reports")
-        interval_s = self._fleet.frontend.load_interval_s
+        rng = self._rng("load reports")
         for engine in self._engines.values():
-            if engine.worker.role is not WorkerRole.DECODE:
-                engine.on_change = ChangeReports(engine, self._frontends, self._fleet.frontend).note_change
+            self._report_changes(engine)
+            for frontend in self._frontends:
+                self._report_load(engine, frontend, rng.random() * self._fleet.frontend.load_interval_s)
 
-        def report(engine: AccountedEngine, frontend: ReplayedFrontend) -> None:
+    def _report_changes(self, engine: AccountedEngine) -> None:
+        """Report the unfinished prompts of a worker when they change, as workers do."""
+        if engine.worker.role is not WorkerRole.DECODE:
+            engine.on_change = ChangeReports(engine, self._frontends, self._fleet.frontend).note_change
+
+    def _report_load(self, engine: AccountedEngine, frontend: ReplayedFrontend, after_s: float) -> None:
+        def report() -> None:
+            if engine.has_left:
+                return
             frontend.note_load(engine.worker.start, engine.load())
             if self._left:
-                loop.call_later(interval_s, report, engine, frontend)
+                loop.call_later(self._fleet.frontend.load_interval_s, report)
 
-        for engine in self._engines.values():
-            for frontend in self._frontends:
-                loop.call_later(rng.random() * interval_s, report, engine, frontend)
+        loop = asyncio.get_running_loop()
+        loop.call_later(after_s, report)

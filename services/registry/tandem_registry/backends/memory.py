@@ -17,6 +17,7 @@ from tandem.domain.worker import WorkerState
 from tandem.errors import Draining
 from tandem_registry.backends.subscriptions import PENDING_STEPS_MAX, Known, Subscription, Subscriptions
 from tandem_registry.backends.task_ends import TaskEnds
+from tandem_registry.elections import LEASES, Elections, Leadership
 from tandem_registry.leases import Grant, Membership
 from tandem_registry.view import Origin, View
 
@@ -44,6 +45,7 @@ class MemoryBackend:
             new_lease_id=random_id,
             on_change=self._subscriptions.publish,
         )
+        self._elections = Elections(LEASES * ttl_s, clock, time.time_ns() // 10**6)
         self._first_lease = asyncio.Event()
         self._sweeper: asyncio.Task[None] | None = None
         self._ends = TaskEnds()
@@ -100,6 +102,15 @@ class MemoryBackend:
     async def deregister(self, lease_id: str) -> int:
         """Remove a member; returns the first revision without it."""
         return self._open().deregister(lease_id)
+
+    async def campaign(self, election: str, candidate_id: str, *, resign: bool = False) -> tuple[Leadership, float]:
+        """See the port."""
+        self._open()
+        return self._elections.campaign(election, candidate_id, resign=resign), self._elections.ttl_s
+
+    async def leader(self, election: str) -> Leadership | None:
+        """See the port."""
+        return self._elections.leader(election)
 
     async def view(self) -> View:
         """The current view."""

@@ -12,6 +12,7 @@ from tandem.domain.adapter import Adapter
 from tandem.domain.frontend import Member
 from tandem.domain.worker import WorkerState
 from tandem_registry.backends.subscriptions import Known, Subscription
+from tandem_registry.elections import Leadership
 from tandem_registry.leases import Grant
 from tandem_registry.view import Origin, StoreLag, View
 
@@ -88,6 +89,18 @@ class Backend(Protocol):
 
     async def deregister(self, lease_id: str) -> int:
         """Remove a member; returns the first revision without it."""
+        ...
+
+    async def campaign(self, election: str, candidate_id: str, *, resign: bool = False) -> tuple[Leadership, float]:
+        """Ask to lead an election, or give it up. Returns who leads now, and for how many seconds without asking again.
+
+        Raises:
+            ServiceError: the store is unreachable.
+        """
+        ...
+
+    async def leader(self, election: str) -> Leadership | None:
+        """Who leads an election; None: no candidate."""
         ...
 
     async def view(self) -> View:

@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tandem.domain.recorded_load import RecordedCluster
+from tandem.domain.worker import WorkerRole
 from tandem.engine.simulated.options import Options
 from tandem.errors import ConfigError
 from tandem_frontend.replay.fleet_file import FleetFile, read_fleet
 from tandem_frontend.replay.planning.candidate import Candidate, judged
-from tandem_frontend.replay.planning.counts import Counts
+from tandem_frontend.replay.planning.counts import ROLES, Counts
 from tandem_frontend.replay.planning.estimate import estimate
 from tandem_frontend.replay.planning.goals import Goals
 from tandem_frontend.replay.planning.recorded import fleet_of, seen, shape_of, speeds_in_words, trace_of
@@ -93,15 +94,16 @@ def run(request: PlanRequest, trace_file: Path, fleet_file: Path, console: Conso
     fleet = read_fleet(fleet_file)
     goals.check_engine(fleet.options())
     trace = scaled(read_trace(trace_file, fleet.block_tokens), request.load)
-    return plan(
+    outcome = plan(
         Subject(name=trace_file.name, fleet=fleet, trace=trace, shape=Shape(request.shape)), request, console, status
     )
+    return 0 if outcome.best else 1
 
 
 def run_recorded(
     request: PlanRequest, cluster: RecordedCluster, fleet_file: Path | None, console: Console, status: Console
-) -> int:
-    """Plan for what a cluster has seen. Returns the exit status: 1 if no fleet reaches the goals.
+) -> dict[WorkerRole, int] | None:
+    """Plan for what a cluster has seen. Returns the workers of each role; None: no fleet reaches the goals.
 
     Args:
         request: the options.
@@ -130,13 +132,14 @@ def run_recorded(
     trace = scaled(trace_of(cluster.requests, fleet.block_tokens), request.load)
     for line in (*lines, *([note] if note else ())):
         console.print(line, highlight=False, soft_wrap=True)
-    return plan(
+    outcome = plan(
         Subject(name=f"cluster {cluster.model}", fleet=fleet, trace=trace, shape=shape), request, console, status
     )
+    return None if outcome.best is None else {WorkerRole(role): getattr(outcome.best.counts, role) for role in ROLES}
 
 
-def plan(subject: Subject, request: PlanRequest, console: Console, status: Console) -> int:
-    """Search and report. Returns the exit status: 1 if no fleet reaches the goals.
+def plan(subject: Subject, request: PlanRequest, console: Console, status: Console) -> Outcome:
+    """Search and report.
 
     Raises:
         ConfigError: names the option.
@@ -148,7 +151,7 @@ def plan(subject: Subject, request: PlanRequest, console: Console, status: Conso
     print_plan(console, outcome, goals)
     if request.json is not None:
         write_json(request.json, outcome, _settings(subject, request, options))
-    return 0 if outcome.best else 1
+    return outcome
 
 
 def searched(subject: Subject, options: Options, goals: Goals, request: PlanRequest, status: Console) -> Outcome:

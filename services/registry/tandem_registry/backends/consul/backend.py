@@ -22,6 +22,7 @@ from tandem.errors import Draining, DuplicateWorker, Overloaded, ServiceError, S
 from tandem_registry.backends.consul.blocking_query import BlockingQuery
 from tandem_registry.backends.consul.broadcaster import Broadcaster
 from tandem_registry.backends.consul.client import ConsulClient
+from tandem_registry.backends.consul.elections import ConsulElections
 from tandem_registry.backends.consul.lease_manager import LeaseManager, Orphan
 from tandem_registry.backends.consul.reconciler import Reconciler
 from tandem_registry.backends.consul.records import Record, Replica, check_fits, service_id
@@ -30,6 +31,7 @@ from tandem_registry.backends.consul.snapshot import ConsulSnapshot, Entry
 from tandem_registry.backends.consul.transport import is_refusal
 from tandem_registry.backends.subscriptions import Known, Subscription, Subscriptions
 from tandem_registry.backends.task_ends import TaskEnds
+from tandem_registry.elections import LEASES, Leadership
 from tandem_registry.leases import Grant
 from tandem_registry.view import Origin, StoreLag, View
 
@@ -110,6 +112,7 @@ class ConsulBackend:
         """
         interval_s = max(INTERVAL_MIN_S, self.ttl_s / 2)
         client = self._client = ConsulClient(self._settings, interval_s=interval_s, checks_tls=self._checks_tls)
+        self._elections = ConsulElections(client, LEASES * self.ttl_s, self._clock)
         self._reconciler = Reconciler(client, self.replica_id, self._clock)
         self._leases = LeaseManager(
             replica_id=self.replica_id,
@@ -260,6 +263,15 @@ class ConsulBackend:
         return await self._seen(
             is_seen, LEAVE_TIMEOUT_S, f"{member.kind} {member.member_id} is deregistered on this registry"
         )
+
+    async def campaign(self, election: str, candidate_id: str, *, resign: bool = False) -> tuple[Leadership, float]:
+        """See the port."""
+        self._check_live()
+        return await self._elections.campaign(election, candidate_id, resign=resign), self._elections.ttl_s
+
+    async def leader(self, election: str) -> Leadership | None:
+        """See the port."""
+        return await self._elections.leader(election)
 
     async def view(self) -> View:
         """The current view."""

@@ -109,6 +109,15 @@ class ConsulClient:
         cas = 0 if instead_of is None else instead_of.modify_index
         return bool(await self._authorized(lambda: self._consul.kv.put(self._key, registry_id, cas=cas)))
 
+    async def read_key(self, name: str) -> tuple[bytes, int] | None:
+        """Value and version of a key below this cluster's name, from the leader; None: there is none."""
+        _, found = await self._authorized(lambda: self._consul.kv.get(self._below(name), consistency="consistent"))
+        return None if found is None else (found["Value"] or b"", int(found["ModifyIndex"]))
+
+    async def write_key(self, name: str, value: str, version: int) -> bool:
+        """Write where the version is still that one; 0: where there is no key. Returns whether it did."""
+        return bool(await self._authorized(lambda: self._consul.kv.put(self._below(name), value, cas=version)))
+
     async def register(self, record: Record, health: Health = Health.PASSING) -> None:
         """Create or replace an entry at this agent."""
         host, port = host_and_port(record)
@@ -171,7 +180,10 @@ class ConsulClient:
 
     @property
     def _key(self) -> str:
-        return f"{self._service}/generation"
+        return self._below("generation")
+
+    def _below(self, name: str) -> str:
+        return f"{self._service}/{name}"
 
     async def _authorized(self, request: Callable[[], Any]) -> Any:
         """The response; retried once with the token from the file when Consul rejects the current one."""

@@ -806,6 +806,8 @@ class ChangeRoleRequest(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     FORCE_FIELD_NUMBER: _builtins.int
     DRAIN_TIMEOUT_FIELD_NUMBER: _builtins.int
+    ELECTION_FIELD_NUMBER: _builtins.int
+    LEADER_TERM_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     """The worker."""
     epoch: _builtins.int
@@ -814,6 +816,12 @@ class ChangeRoleRequest(_message.Message):
     """The new role."""
     force: _builtins.bool
     """Change also when no serving worker of its present role and model is left."""
+    election: _builtins.str
+    """The election whose leader asks for this; with `leader_term`. ROLE_CHANGE_REFUSED: another term has begun. Absent: no
+    leader asks.
+    """
+    leader_term: _builtins.int
+    """The term in which the caller leads it."""
     @_builtins.property
     def drain_timeout(self) -> _duration_pb2.Duration:
         """How long open legs may take to end; then their streams continue on other workers. Default: the worker's
@@ -828,14 +836,25 @@ class ChangeRoleRequest(_message.Message):
         role: _worker_pb2.WorkerRole.ValueType = ...,
         force: _builtins.bool = ...,
         drain_timeout: _duration_pb2.Duration | None = ...,
+        election: _builtins.str | None = ...,
+        leader_term: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "drain_timeout", b"drain_timeout", "epoch", b"epoch"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_election", b"_election", "_epoch", b"_epoch", "_leader_term", b"_leader_term", "drain_timeout", b"drain_timeout", "election", b"election", "epoch", b"epoch", "leader_term", b"leader_term"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epoch", b"_epoch", "drain_timeout", b"drain_timeout", "epoch", b"epoch", "force", b"force", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_election", b"_election", "_epoch", b"_epoch", "_leader_term", b"_leader_term", "drain_timeout", b"drain_timeout", "election", b"election", "epoch", b"epoch", "force", b"force", "leader_term", b"leader_term", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__election: _TypeAlias = _typing.Literal["election"]  # noqa: Y015
+    _WhichOneofArgType__election: _TypeAlias = _typing.Literal["_election", b"_election"]  # noqa: Y015
     _WhichOneofReturnType__epoch: _TypeAlias = _typing.Literal["epoch"]  # noqa: Y015
     _WhichOneofArgType__epoch: _TypeAlias = _typing.Literal["_epoch", b"_epoch"]  # noqa: Y015
+    _WhichOneofReturnType__leader_term: _TypeAlias = _typing.Literal["leader_term"]  # noqa: Y015
+    _WhichOneofArgType__leader_term: _TypeAlias = _typing.Literal["_leader_term", b"_leader_term"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__election) -> _WhichOneofReturnType__election | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__epoch) -> _WhichOneofReturnType__epoch | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__leader_term) -> _WhichOneofReturnType__leader_term | None: ...
 
 Global___ChangeRoleRequest: _TypeAlias = ChangeRoleRequest  # noqa: Y015
 
@@ -1006,3 +1025,65 @@ class AdapterAtWorker(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AdapterAtWorker: _TypeAlias = AdapterAtWorker  # noqa: Y015
+
+@_typing.final
+class CampaignRequest(_message.Message):
+    """Asks to lead."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ELECTION_FIELD_NUMBER: _builtins.int
+    CANDIDATE_ID_FIELD_NUMBER: _builtins.int
+    RESIGN_FIELD_NUMBER: _builtins.int
+    election: _builtins.str
+    """What is led, such as "roles-of-MODEL": 1 to 128 characters of a-z, A-Z, 0-9, ".", "_" and "-"."""
+    candidate_id: _builtins.str
+    """The candidate: another id for each start of a process."""
+    resign: _builtins.bool
+    """Give up leading, so that another candidate need not wait."""
+    def __init__(
+        self,
+        *,
+        election: _builtins.str = ...,
+        candidate_id: _builtins.str = ...,
+        resign: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidate_id", b"candidate_id", "election", b"election", "resign", b"resign"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CampaignRequest: _TypeAlias = CampaignRequest  # noqa: Y015
+
+@_typing.final
+class CampaignResponse(_message.Message):
+    """Who leads."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LEADER_ID_FIELD_NUMBER: _builtins.int
+    TERM_FIELD_NUMBER: _builtins.int
+    TIME_TO_LIVE_FIELD_NUMBER: _builtins.int
+    leader_id: _builtins.str
+    """The leader; empty: there is none."""
+    term: _builtins.int
+    """Its term: increases each time another candidate begins to lead."""
+    @_builtins.property
+    def time_to_live(self) -> _duration_pb2.Duration:
+        """How long the leader leads without asking again. A candidate counts it from the moment in which it asked."""
+
+    def __init__(
+        self,
+        *,
+        leader_id: _builtins.str = ...,
+        term: _builtins.int = ...,
+        time_to_live: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time_to_live", b"time_to_live"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leader_id", b"leader_id", "term", b"term", "time_to_live", b"time_to_live"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CampaignResponse: _TypeAlias = CampaignResponse  # noqa: Y015

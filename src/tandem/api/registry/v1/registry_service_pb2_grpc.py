@@ -91,6 +91,11 @@ class RegistryServiceStub:
                 request_serializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UnloadAdapterRequest.SerializeToString,
                 response_deserializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UnloadAdapterResponse.FromString,
                 _registered_method=True)
+        self.Campaign = channel.unary_unary(
+                '/tandem.api.registry.v1.RegistryService/Campaign',
+                request_serializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.CampaignRequest.SerializeToString,
+                response_deserializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.CampaignResponse.FromString,
+                _registered_method=True)
 
 
 class RegistryServiceServicer:
@@ -193,6 +198,14 @@ class RegistryServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Campaign(self, request, context):
+        """Asks to lead an election, or to go on leading it. One candidate leads at a time; it has to ask again within the time
+        to live. No member: it is in no view.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RegistryServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -250,6 +263,11 @@ def add_RegistryServiceServicer_to_server(servicer, server):
                     servicer.UnloadAdapter,
                     request_deserializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UnloadAdapterRequest.FromString,
                     response_serializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UnloadAdapterResponse.SerializeToString,
+            ),
+            'Campaign': grpc.unary_unary_rpc_method_handler(
+                    servicer.Campaign,
+                    request_deserializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.CampaignRequest.FromString,
+                    response_serializer=tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.CampaignResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -551,6 +569,33 @@ class RegistryService:
             '/tandem.api.registry.v1.RegistryService/UnloadAdapter',
             tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UnloadAdapterRequest.SerializeToString,
             tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.UnloadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Campaign(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tandem.api.registry.v1.RegistryService/Campaign',
+            tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.CampaignRequest.SerializeToString,
+            tandem_dot_api_dot_registry_dot_v1_dot_registry__service__pb2.CampaignResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -82,6 +82,10 @@ class RegistryServiceStub:
     not release its memory: `workers` has its state.
     MODEL_NOT_FOUND: no worker has it.
     """
+    Campaign: _grpc.UnaryUnaryMultiCallable[_registry_service_pb2.CampaignRequest, _registry_service_pb2.CampaignResponse]
+    """Asks to lead an election, or to go on leading it. One candidate leads at a time; it has to ask again within the time
+    to live. No member: it is in no view.
+    """
 
 @_typing.type_check_only
 class RegistryServiceAsyncStub(RegistryServiceStub):
@@ -136,6 +140,10 @@ class RegistryServiceAsyncStub(RegistryServiceStub):
     ADAPTER_REFUSED: a worker cannot be reached; all serve it as before. Or, when all had stopped to serve it, one did
     not release its memory: `workers` has its state.
     MODEL_NOT_FOUND: no worker has it.
+    """
+    Campaign: _aio.UnaryUnaryMultiCallable[_registry_service_pb2.CampaignRequest, _registry_service_pb2.CampaignResponse]  # type: ignore[assignment]
+    """Asks to lead an election, or to go on leading it. One candidate leads at a time; it has to ask again within the time
+    to live. No member: it is in no view.
     """
 
 class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -254,6 +262,16 @@ class RegistryServiceServicer(metaclass=_abc_1.ABCMeta):
         ADAPTER_REFUSED: a worker cannot be reached; all serve it as before. Or, when all had stopped to serve it, one did
         not release its memory: `workers` has its state.
         MODEL_NOT_FOUND: no worker has it.
+        """
+
+    @_abc_1.abstractmethod
+    def Campaign(
+        self,
+        request: _registry_service_pb2.CampaignRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_registry_service_pb2.CampaignResponse, _abc.Awaitable[_registry_service_pb2.CampaignResponse]]:
+        """Asks to lead an election, or to go on leading it. One candidate leads at a time; it has to ask again within the time
+        to live. No member: it is in no view.
         """
 
 def add_RegistryServiceServicer_to_server(servicer: RegistryServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
