@@ -157,6 +157,11 @@ class Legs:
         """Number of legs that have not ended yet."""
         return len(self._open)
 
+    @property
+    def adapter_count(self) -> int:
+        """Number of adapters that the worker serves."""
+        return len(self._identity.current().adapters)
+
     def check_epoch(self, worker_epoch: int) -> None:
         """Reject a call that was addressed to another incarnation of this worker.
 
