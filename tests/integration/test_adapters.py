@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
+from tandem.cli import adapter as adapter_command
 from tandem.client import calls
 from tandem.client.adapter_calls import AdapterCalls, load_adapter, unload_adapter
 from tandem.domain.adapter import Adapter
@@ -52,8 +53,8 @@ class Fleet:
     def registry(self) -> str:
         return self.cluster.registry.address
 
-    async def ask(self, model: str, count: int = 12) -> Stream:
-        request = request_of(PROMPT, max_tokens=count)
+    async def ask(self, model: str, count: int = 12, prompt: str = PROMPT) -> Stream:
+        request = request_of(prompt, max_tokens=count)
         request.model = model
         return await generate(self.cluster, request)
 
@@ -88,13 +89,17 @@ async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fleet
         write_adapter(root / f"a{number}", DEMO_MODEL, number)
     write_adapter(root / "wrong", DEMO_MODEL, 1, rank=64)
     rules = [{"point": "adapter", "kind": "fail", "nth": 1, "times": 1}]
-    (folder / "control").write_text("[]")
+    for name in ("control", "hold"):
+        (folder / name).write_text("[]")
     flags = {
         "engine-extra": json.dumps({"decode_step_s": 0.004}),
         "adapters": f"{FIRST}={root / 'a7'}",
         "adapter-root": str(root),
     }
-    failing = {"engine-extra": json.dumps({"decode_step_s": 0.004, "control_file": str(folder / "control")})}
+    decode, aggregated = (
+        {"engine-extra": json.dumps({"decode_step_s": 0.004, "control_file": str(folder / name)})}
+        for name in ("control", "hold")
+    )
     (folder / "rules").write_text(json.dumps(rules))
     spec: dict[str, Any] = {
         "engine": "simulated",
@@ -103,7 +108,7 @@ async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fleet
         "aggregated": 1,
         "edge": True,
         "worker_flags": flags,
-        "role_flags": {"decode": failing, "frontend": {"model-aliases": "nickname=a0"}},
+        "role_flags": {"decode": decode, "aggregated": aggregated, "frontend": {"model-aliases": "nickname=a0"}},
     }
     async with running(folder, **spec) as cluster:
         yield Fleet(cluster, root)
@@ -137,9 +142,11 @@ async def test_adapters_loaded_at_run_time_are_served_mixed_with_their_own_token
         assert (name, stream.token_ids) == (name, expected(adapters.get(name)))
         assert stream.accepted.model == name
     assert len({tuple(expected(adapter)) for adapter in [*adapters.values(), None]}) == 9
-    # The frontend's index knows the blocks of the adapter by the engines' own events.
+    # The index knows the blocks of the adapter by the engines' own events; no other one has that prompt.
     found = await assert_eventually(
-        lambda: fleet.ask("a3"), lambda stream: stream.finish.route.expected_cached_tokens > 0, within_s=20
+        lambda: fleet.ask("a3", prompt=f"Another one: {PROMPT}"),
+        lambda stream: stream.finish.route.expected_cached_tokens > 0,
+        within_s=20,
     )
     assert found.finish.usage.cached_tokens == found.finish.route.expected_cached_tokens
     for name in loaded:
@@ -212,13 +219,25 @@ async def test_a_bad_load_is_refused_by_its_field(
 async def test_an_unload_lets_open_requests_end_and_refuses_new_ones(fleet: Fleet) -> None:
     adapter = adapter_from_proto((await fleet.load("a4")).adapter)
     epochs = {one.worker.epoch for one in await calls.list_workers(fleet.registry)}
+    # The engines stop at their next step, so that the request is open for as long as the test wants.
+    for name in ("control", "hold"):
+        (fleet.root.parent / name).write_text(json.dumps([{"point": "decode_step", "kind": "hang"}]))
     running = asyncio.create_task(fleet.ask("a4", 300))
 
     async def legs() -> int:
         return sum([(await calls.worker_load(one.address)).open_legs for one in fleet.cluster.workers])
 
     await assert_eventually(legs, lambda count: count > 0, within_s=20, what="an open leg")
-    await fleet.unload("a4")
+    unloading = asyncio.create_task(unload_adapter(fleet.registry, "a4"))
+    await assert_eventually(fleet.models, lambda models: "a4" not in models, within_s=20)
+    # Other changes do not wait for those requests.
+    await fleet.load("a5")
+    assert not running.done()
+    assert not unloading.done()
+    for name in ("control", "hold"):
+        (fleet.root.parent / name).write_text("[]")
+    await unloading
+    await fleet.unload("a5")
     assert (await running).token_ids == expected(adapter, 300)
     assert {one.worker.epoch for one in await calls.list_workers(fleet.registry)} == epochs, "no new epoch"
 
@@ -252,21 +271,24 @@ async def test_an_adapter_on_one_side_of_a_pair_is_refused_before_dispatch(fleet
         await channels.close()
 
 
-async def test_the_command_loads_and_lists_and_prints_each_worker(fleet: Fleet, state: Path) -> None:
-    async def adapter(*arguments: str) -> tuple[int | None, str, str]:
-        return await run(*TANDEM, "adapter", *arguments, "--address", fleet.registry, state=state)
-
-    status, out, _ = await adapter("load", "a6", "a6", "--model", "tandem-demo")
-    assert (status, out.splitlines()[-1]) == (0, "a6: served as a model, on 3 workers of tandem-demo")
-    assert [line.partition(",")[0] for line in out.splitlines()[:3]] == [
+async def test_the_command_loads_lists_and_unloads_and_prints_each_worker(
+    fleet: Fleet, state: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registries = [fleet.registry]
+    assert await adapter_command.load("a6", "a6", "tandem-demo", registries, None) == 0
+    *workers, last = capsys.readouterr().out.splitlines()
+    assert last == "a6: served as a model, on 3 workers of tandem-demo"
+    assert [line.partition(",")[0] for line in workers] == [
         "aggregated-0: loaded", "decode-0: loaded", "prefill-0: loaded",
     ]  # fmt: skip
-    status, out, _ = await adapter("list")
+    status, out, _ = await run(*TANDEM, "adapter", "list", "--address", fleet.registry, state=state)
     assert (status, [line.split()[:2] for line in out.splitlines()[1:]]) == (
         0, [["a6", "tandem-demo"], [FIRST, "tandem-demo"]],
     )  # fmt: skip
-    status, out, err = await adapter("load", FIRST, "a2")
-    assert status == 1
-    assert "aggregated-0: refused" in out
-    assert err.startswith("tandem adapter load: adapter always is not loaded on any further worker")
-    await fleet.unload("a6")
+    with pytest.raises(AdapterRefused, match="adapter always is not loaded on any further worker"):
+        await adapter_command.load(FIRST, "a2", None, registries, None)
+    assert capsys.readouterr().out.splitlines()[0] == "aggregated-0: refused"
+    assert await adapter_command.unload("a6", registries, None) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "a6: unloaded from 3 workers"
+    with pytest.raises(ModelNotFound, match="no worker serves adapter 'a6'"):
+        await adapter_command.unload("a6", registries, None)

@@ -24,10 +24,11 @@ from tandem_registry.backends.consul import backend
 
 from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
+from tandem.domain.adapter import Adapter
 from tandem.domain.worker import Worker, WorkerState
 from tandem.errors import DuplicateWorker, Overloaded, ServiceError, TandemError
 from tandem.rpc.channels import open_channel
-from tandem.rpc.convert import worker_to_proto
+from tandem.rpc.convert import worker_from_proto, worker_to_proto
 from tandem.rpc.status import from_rpc_error
 from tandem.testing.eventually import assert_eventually
 from tests.integration.support.consul_host import ConsulHost, consul_agent, consul_servers
@@ -75,6 +76,23 @@ async def test_consul_shows_the_fleet_without_any_code_of_ours(site: Site) -> No
         assert {check["Type"] for check in checks if check["ServiceID"]} == {"grpc"}
         assert len((await listed(registry)).workers) == 1
     assert await site.consul.services(site.service) == [], "an end in order leaves nothing behind"
+
+
+async def test_adapters_of_a_worker_reach_every_replica_within_its_epoch(site: Site) -> None:
+    adapters = tuple(Adapter(f"a{number:02}", f"{number:064x}") for number in range(9))
+
+    async def seen(registry: Any) -> list[tuple[int, int]]:
+        workers = [worker_from_proto(entry.worker) for entry in (await listed(registry)).workers]
+        return [(worker.epoch, len(worker.adapters)) for worker in workers]
+
+    async with AsyncExitStack() as stack:
+        first, second = [await stack.enter_async_context(site.registry()) for _ in range(2)]
+        worker = await stack.enter_async_context(scripted_worker("decode-0", first, second))
+        for now in (adapters, adapters[:1], adapters):
+            assert await worker.registration.set_adapters(now, 10)
+            wanted = [(worker.member.epoch, len(now))]
+            for registry in (first, second):
+                await assert_eventually(partial(seen, registry), partial(eq, wanted), within_s=10)
 
 
 async def test_replicas_over_one_agent_publish_the_same_view_at_the_same_revision(site: Site) -> None:

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 
 from tandem.domain.worker import WorkerRole
-from tandem.engine.settings import EngineSettings
+from tandem.engine.settings import AdapterSettings, EngineSettings
 from tandem.engine.sglang import arguments, kv_events, role_switch
 from tandem.engine.sglang.environment import PREFIX_CACHE
 from tandem.engine.sglang.hooks import role_switch as hooks
@@ -44,6 +44,7 @@ def settings(role: WorkerRole = PREFILL, **more: Any) -> EngineSettings:
         (settings(DECODE, transfer_backend="fake"), "cpu", "with transfer_backend fake"),
         (settings(extra={"tp_size": 2}), "cpu", "with engine_extra.tp_size"),
         (settings(extra={"speculative_algorithm": "EAGLE"}), "cpu", "with engine_extra.speculative_algorithm"),
+        (settings(adapters=AdapterSettings(rank_max=8, per_batch_max=1, modules=("q_proj",))), "cpu", "with adapters"),
     ],
 )
 def test_an_engine_switches_in_place_where_that_was_tried(

@@ -44,4 +44,4 @@ async def test_an_engine_that_is_gone_takes_only_its_own_gauges_along(tmp_path: 
         names = {"tandem.kv.pages", "tandem.engine.waiting_tokens", "tandem.legs.open"}
         assert names <= {reading.name for reading in await stats.read()}
     left = {reading.name for reading in await stats.read()}
-    assert left == {"tandem.legs.open", "tandem.engine.healthy"}
+    assert left == {"tandem.legs.open", "tandem.adapters", "tandem.engine.healthy"}

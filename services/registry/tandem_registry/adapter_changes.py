@@ -103,7 +103,8 @@ class AdapterChanges:
                 await self._serve([each.worker for each in stops if each.problem is None], name, serve=True)
                 states = {each.worker.worker_id: "SERVED" if each.problem is None else "REFUSED" for each in stops}
                 raise _refused(name, problem, f"adapter {name} is not unloaded", states)
-            releases = await _at_all(workers, lambda worker: self._calls.unload(worker, name))
+        # Without the lock: open requests of the adapter may take minutes to end, and other changes need not wait.
+        releases = await _at_all(workers, lambda worker: self._calls.unload(worker, name))
         problem = _first_problem(releases)
         if problem is not None:
             states = {each.worker.worker_id: "UNLOADED" if each.problem is None else "HELD" for each in releases}

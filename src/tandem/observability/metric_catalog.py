@@ -348,6 +348,7 @@ TABLE: tuple[Metric, ...] = (
         "1: the engine emits tokens or answers its canary, and can hand over KV; 0: it does not, and the worker is "
         "NOT_SERVING.",
     ),
+    _worker("tandem.adapters", Kind.GAUGE, "{adapter}", "LoRA adapters that the worker serves beside its model."),
     _worker(
         "tandem.role.change.duration",
         Kind.HISTOGRAM,

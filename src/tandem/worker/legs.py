@@ -171,6 +171,11 @@ class Legs:
         """Whether this worker's engine computes prompts, and does not get their KV from another one."""
         return self._identity.current().role is not WorkerRole.DECODE
 
+    @property
+    def adapter_count(self) -> int:
+        """Number of adapters that the worker serves."""
+        return len(self._identity.current().adapters)
+
     def check_epoch(self, worker_epoch: int) -> None:
         """Reject a call that was addressed to another incarnation of this worker.
 

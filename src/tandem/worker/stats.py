@@ -92,6 +92,7 @@ class WorkerStats:
         """The current value of each gauge."""
         readings = [
             Reading("tandem.legs.open", self._legs.open_count),
+            Reading("tandem.adapters", self._legs.adapter_count),
             Reading("tandem.engine.healthy", float(self._health.trouble is None)),
         ]
         if (hit_ratio := self._leg_metrics.hit_ratio) is not None:

@@ -215,7 +215,9 @@ class ModelCatalog:
                 aliases = sorted(alias for alias, meant in self._rules.aliases.items() if meant == name)
                 model = listed_model(name, workers, None if entry.opened is None else entry.opened.pipeline.model)
                 model.state = entry.status.value
-                model.aliases.extend(alias for alias in aliases if alias not in self._entries)
+                model.aliases.extend(
+                    alias for alias in aliases if alias not in self._entries.keys() | self._bases.keys()
+                )
                 model.problem = "" if entry.failure is None else str(entry.failure)
                 found.append(model)
                 found += self._listed_adapters(entry)

@@ -52,6 +52,8 @@ def obstacle(settings: EngineSettings, device: str) -> str | None:
         return "SGLang switches between prefill and decode only, and this engine starts as aggregated"
     if not (device == "cpu" if settings.role_switch is None else settings.role_switch):
         return "this engine was started without role_switch"
+    if settings.adapters is not None:
+        return "with adapters no role is switched in place"
     if settings.transfer_backend != "nixl":
         return f"with transfer_backend {settings.transfer_backend} no role is switched"
     for name, harmless in EXCLUDED.items():
