@@ -288,8 +288,8 @@ async def test_models_and_what_is_not_served(simulated: LocalCluster) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await stub.GetModel(pb.OpenAiServiceGetModelRequest(id="gpt"), timeout=5)
         assert isinstance(from_rpc_error(refused.value), ModelNotFound)
+        body = json.dumps({"model": MODEL, "input": "a"}).encode()
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            body = json.dumps({"model": MODEL, "input": "a"}).encode()
             await stub.Embeddings(httpbody_pb2.HttpBody(data=body), timeout=5)
         assert isinstance(from_rpc_error(refused.value), NotSupported)
 
