@@ -82,7 +82,7 @@ async def test_openai_sdk_every_form_of_input_and_both_encodings_give_the_same_v
     # The SDK asks for base64 unless a format is given, and decodes it.
     for form in forms:
         coded = await client.embeddings.create(model=MODEL, input=form)
-        plain = await client.embeddings.create(model=MODEL, input=form, encoding_format="float", user="somebody")
+        plain = await client.embeddings.create(model=MODEL, input=form, encoding_format="float", user="someone")
         assert [entry.index for entry in coded.data] == [0, 1, 2]
         assert [entry.embedding for entry in coded.data] == [
             [struct.unpack("<f", struct.pack("<f", value))[0] for value in entry.embedding] for entry in plain.data

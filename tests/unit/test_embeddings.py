@@ -19,7 +19,8 @@ from tandem_registry.validation import checked_worker
 
 from tandem import config as configuration
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
-from tandem.api.types.v1 import generation_pb2, leg_pb2
+from tandem.api.types.v1 import generation_pb2, leg_pb2, worker_pb2
+from tandem.cli import model_status
 from tandem.domain.checkpoint import read_checkpoint
 from tandem.domain.worker import EMBED, Capabilities, WorkerRole, capabilities_digest, written_fields
 from tandem.engine.simulated.embeddings import embedding_of
@@ -206,6 +207,11 @@ def test_long_body_token_ids_of_input_count_apart_from_other_values() -> None:
     with pytest.raises(InvalidRequest, match="70000 token ids") as refused:
         check_values({"input": [1] * 70_000}, 65_536)
     assert refused.value.field == "input"
+
+
+def test_status_table_says_which_models_embed() -> None:
+    models = [pb.Model(name="e", task=worker_pb2.MODEL_TASK_EMBED), pb.Model(name="g")]
+    assert [row[-1] for row in model_status.rows({"frontend-0": models})] == ["serving, embeds", "serving"]
 
 
 def test_input_labels_of_a_call_are_valid_and_differ() -> None:

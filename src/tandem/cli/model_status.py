@@ -13,6 +13,7 @@ from google.protobuf.json_format import MessageToDict
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.api.types.v1 import worker_pb2
+from tandem.api.types.v1.worker_pb2 import MODEL_TASK_EMBED
 from tandem.client import calls
 from tandem.errors import TandemError
 from tandem.tls.paths import Tls
@@ -65,6 +66,8 @@ def _row(name: str, of: Mapping[str, pb.Model]) -> tuple[str, ...]:
         state = f"{state}{where}: {model.problem}"
     elif pb.MODEL_STATE_LOADING in states:
         state = "loading"
+    if model.task == MODEL_TASK_EMBED:
+        state = f"{state}, embeds"
     counts = (model.context_tokens_max, model.prefill_workers, model.decode_workers, model.aggregated_workers)
     return name, *map(str, counts), " ".join(model.aliases) or "-", state
 

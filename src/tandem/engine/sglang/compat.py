@@ -33,6 +33,7 @@ GENERATE_ARGUMENTS = (
     "lora_path",
     "external_trace_header",
 )
+EMBEDDING_ARGUMENTS = ("input_ids", "rid", "dimensions", "priority", "external_trace_header")
 MANAGER_METHODS = (
     "abort_request",
     "handle_loop",
@@ -90,10 +91,12 @@ def check_offers(transfer_backend: str, device: str) -> None:
     """
     _import("sglang.srt.entrypoints.engine")
     manager = _import("sglang.srt.managers.tokenizer_manager").TokenizerManager
-    accepted = inspect.signature(_import("sglang.srt.managers.io_struct").GenerateReqInput).parameters
-    missing = [name for name in GENERATE_ARGUMENTS if name not in accepted]
-    if missing:
-        raise StartError(f"sglang {SGLANG_VERSION}: GenerateReqInput has no {', '.join(missing)}: {CHANGED}")
+    messages = _import("sglang.srt.managers.io_struct")
+    for kind, names in (("GenerateReqInput", GENERATE_ARGUMENTS), ("EmbeddingReqInput", EMBEDDING_ARGUMENTS)):
+        accepted = inspect.signature(getattr(messages, kind)).parameters
+        missing = [name for name in names if name not in accepted]
+        if missing:
+            raise StartError(f"sglang {SGLANG_VERSION}: {kind} has no {', '.join(missing)}: {CHANGED}")
     for name in MANAGER_METHODS:
         if not hasattr(manager, name):
             raise StartError(f"sglang {SGLANG_VERSION}: TokenizerManager has no {name}: {CHANGED}")
