@@ -16,7 +16,7 @@ from tests.integration.support.edge_host import edge
 from tests.integration.support.scripted_model import MODEL, ScriptedModel, scripted_model
 from tests.other_tools.conftest import guide_blocks, guide_command, run
 
-pytestmark = [pytest.mark.other_tools, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.other_tools, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(1200)]
 
 CONTEXT_TOKENS = 65_536
 """The agents' own prompts are ten times as long as the demo model's context."""

@@ -11,7 +11,7 @@ import pytest
 from tandem.local_cluster.cluster import LocalCluster
 from tests.other_tools.conftest import addressed, guide_command, run
 
-pytestmark = [pytest.mark.other_tools, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.other_tools, pytest.mark.asyncio(loop_scope="session"), pytest.mark.timeout(1200)]
 
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 
