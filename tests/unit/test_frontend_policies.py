@@ -302,6 +302,14 @@ def test_a_session_stays_with_its_worker_and_moves_when_that_leaves() -> None:
         assert (now.prefill == before) == (before != gone)
 
 
+def test_a_late_report_of_a_prompt_that_has_ended_moves_no_session() -> None:
+    made = loaded(PolicyName.SESSION, prefills=3)
+    home = made.choose(session="a").computing
+    unfinished = UnfinishedPrompts(1, 100)
+    made.costs.note(home.start, EngineLoad(waiting_tokens=0, waiting_requests=0, unfinished=unfinished))
+    assert made.choose(session="a").computing == home
+
+
 def test_all_frontends_agree_on_the_worker_of_a_session() -> None:
     first, second = loaded(PolicyName.SESSION, 8), Loaded(PolicyName.SESSION, *reversed(fleet(8)), seed=9)
     for number in range(50):

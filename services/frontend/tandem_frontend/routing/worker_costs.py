@@ -147,7 +147,8 @@ class WorkerCosts:
             own=worker.own,
             per_token=None if rate is None else 1 / rate,
             is_known=worker.is_known,
-            requests=count,
+            # Without others' prompts: a report that was on its way while this frontend's own one ended has that one.
+            requests=worker.own_count,
             since_s=since_s,
             in_hand=counted / count if count else 0.0,
         )
