@@ -30,7 +30,7 @@ DIGEST_BITS = 63
 """SGLang keeps it in an unsigned 64-bit tensor, into which PyTorch writes signed numbers."""
 RUN_BYTES_MIN = 16_384
 """Runs that are shorter on average are copied together before they are digested."""
-GATHERED_BYTES_MAX = 262_144
+GATHERED_BYTES_MAX = 65_536
 """Copied at a time: what stays in a core's cache."""
 ROW_POOLS = frozenset({"MHATokenToKVPool", "MLATokenToKVPool"})
 """Pools in which a page is the rows of its tokens, one after another. Those of others are digested by the page."""
