@@ -53,9 +53,12 @@ async def open_pair(given: argparse.Namespace, log: Path) -> Pair:
             extra={**extra, **json.loads(given.engine_extra)},
         )
         engines.append(await EngineProcess.spawn("sglang", settings, log))
-    # One at a time on a GPU: each measures the memory that is left.
-    for engine in engines:
-        await engine.start()
+    if given.device == "cpu":
+        await asyncio.gather(*(engine.start() for engine in engines))
+    else:
+        # One at a time: each measures the memory that is left.
+        for engine in engines:
+            await engine.start()
     return Pair(*engines)
 
 

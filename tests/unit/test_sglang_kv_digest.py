@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tandem.engine.sglang.environment import KV_CHECK_SHARE
 from tandem.engine.sglang.hooks import kv_check
 
 numpy = pytest.importorskip("numpy")
@@ -105,3 +106,28 @@ def test_digests_are_comparable_where_the_rows_are_alike() -> None:
     ]
     assert usual not in [kv_check.signature(other, "cpu") for other in others], "another type, layers, or ranks"
     assert usual != kv_check.signature(layout(), "cuda"), "another algorithm"
+
+
+@pytest.mark.parametrize(
+    ("share", "computer", "compared"),
+    [
+        ("1", SimpleNamespace(), [1, 2]),
+        ("0", SimpleNamespace(), []),
+        ("1", SimpleNamespace(tandem_kernel=None), []),
+        ("1", SimpleNamespace(tandem_kernel=object()), [1, 2]),
+    ],
+    ids=["on", "off", "a GPU without the kernel", "a GPU"],
+)
+def test_decode_compares_what_has_a_digest_and_can_be_digested(
+    share: str, computer: Any, compared: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KV_CHECK_SHARE, share)
+    requests = [SimpleNamespace(bootstrap_room=room, expected_kv_checksum=room * 10) for room in (0, 1, 2)]
+    seen: list[int] = []
+
+    def compare(scheduler: Any, batch: Any) -> None:
+        seen.extend(request.bootstrap_room for request in batch.reqs if request.expected_kv_checksum)
+
+    kv_check._verify(compare, SimpleNamespace(kv_checksum_computer=computer), SimpleNamespace(reqs=requests))
+    assert seen == compared
+    assert [request.bootstrap_room for request in requests if hasattr(request, kv_check.CHECKED)] == compared

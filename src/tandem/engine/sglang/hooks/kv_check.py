@@ -30,7 +30,7 @@ DIGEST_BITS = 63
 """SGLang keeps it in an unsigned 64-bit tensor, into which PyTorch writes signed numbers."""
 RUN_BYTES_MIN = 16_384
 """Runs that are shorter on average are copied together before they are digested."""
-GATHERED_BYTES_MAX = 262_144
+GATHERED_BYTES_MAX = 65_536
 """Copied at a time: what stays in a core's cache."""
 ROW_POOLS = frozenset({"MHATokenToKVPool", "MLATokenToKVPool"})
 """Pools in which a page is the rows of its tokens, one after another. Those of others are digested by the page."""
@@ -108,11 +108,11 @@ def signature(kv_args: Any, device: str) -> int:
 
 def _verify(original: Callable[..., Any], scheduler: Any, batch: Any) -> None:
     """SGLang's comparison, for those of the batch that are in this engine's own sample too."""
-    compared = []
+    compared, can_digest = [], getattr(scheduler.kv_checksum_computer, "tandem_kernel", True) is not None
     for request in batch.reqs:
         if request.expected_kv_checksum == NO_DIGEST:
             continue
-        if is_sampled(request.bootstrap_room, share()):
+        if can_digest and is_sampled(request.bootstrap_room, share()):
             compared.append(request)
         else:
             request.expected_kv_checksum = NO_DIGEST
