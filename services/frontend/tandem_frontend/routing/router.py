@@ -121,7 +121,7 @@ class Routes:
         self._policy: Policy = policy or RandomPolicy(rng)
         self._costs = costs or WorkerCosts(PrefillBacklog(model.name, math.inf))
         self._local = local
-        self._pools = Pools(model.engine_name, model.tokenizer.digest, explain)
+        self._pools = Pools(model.name, model.tokenizer.digest, explain)
         self._leads = leads
         self._view: tuple[Worker, ...] = ()
         self._version = self._pools.version
