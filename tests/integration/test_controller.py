@@ -91,7 +91,11 @@ async def test_a_dry_run_decides_and_changes_nothing(fleet: LocalCluster) -> Non
             return await shown(app, "tandem_controller_decisions_total", tandem_reason="dry_run")
 
         await assert_eventually(decided, lambda count: count > 0, within_s=WITHIN_S, what="decisions of the dry run")
-        assert await shown(app, "tandem_controller_need", tandem_role="decode") > 1
+
+        async def need() -> float:
+            return await shown(app, "tandem_controller_need", tandem_role="decode")
+
+        await assert_eventually(need, lambda value: value > 1, within_s=WITHIN_S, what="the need for decode workers")
         assert await shown(app, "tandem_controller_changes_total") == 0
         await app.drain()
     assert await workers_of(fleet) == before

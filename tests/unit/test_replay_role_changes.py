@@ -64,6 +64,18 @@ def test_the_controller_turns_once_with_the_load(done: Replay) -> None:
         assert f"{one.worker_id} takes the role {one.role.value}: needs " in one.words
 
 
+def test_a_worker_changes_once_its_last_answer_has_ended(done: Replay) -> None:
+    drained = 0
+    for change in done.role_changes:
+        if change.role is PREFILL:
+            ends = [
+                one.end_s for one in done.served if one.decode == change.worker_id and one.arrival_s < change.begin_s
+            ]
+            assert all(end_s <= change.end_s for end_s in ends)
+            drained += sum(end_s > change.begin_s for end_s in ends)
+    assert drained > 0
+
+
 def test_a_worker_in_its_new_role_serves_and_the_former_start_does_not(done: Replay) -> None:
     starts = {engine.worker.start: engine for engine in done.engines}
     for (worker_id, epoch), engine in starts.items():

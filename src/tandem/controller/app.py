@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import uuid
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing
@@ -27,7 +28,7 @@ from tandem.rpc.server import RpcServer
 
 log = logging.getLogger(__name__)
 
-ELECTION = "roles-of-workers"
+ELECTION_CHARS_MAX = 128
 STOP_GRACE_S = 0.2
 
 
@@ -120,7 +121,7 @@ class ControllerApp:
         while True:
             registry = await self._registries.live()
             if registry is not None:
-                await self._leadership.ask(registry, ELECTION)
+                await self._leadership.ask(registry, election_of(self._config.model))
             await asyncio.sleep(self._config.interval_s)
 
     async def _control(self) -> None:
@@ -139,6 +140,9 @@ class ControllerApp:
             self._registries.failed(registry)
             self._say(Decision(why=Why.STALE_VIEW, words=f"no role is changed: {problem}"))
             return
+        if not observation.is_live:
+            # Another registry may still reach the store.
+            self._registries.failed(registry)
         decision = self._rule.decide(observation)
         if decision.needs is not None:
             self._needs = {"prefill": decision.needs.prefill, "decode": decision.needs.decode}
@@ -179,3 +183,8 @@ class ControllerApp:
             self._rule.refused(decision.start, asyncio.get_running_loop().time())
         attributes = {"tandem.role": decision.role.value, "tandem.outcome": outcome}
         self._metrics.count("tandem.controller.changes", 1, attributes)
+
+
+def election_of(model: str | None) -> str:
+    """The election of the controllers of one model: those that act on the same workers must name it alike."""
+    return re.sub("[^A-Za-z0-9._-]", "-", f"roles-of-{model or 'the-only-model'}")[:ELECTION_CHARS_MAX]

@@ -19,6 +19,8 @@ FULL = 0.9
 """From this share of its memory or places on, decode makes the frontends' queues wait."""
 SPREAD_MIN = 0.02
 """Of the squared mean: with less variance among batch sizes no line can be fitted."""
+MEASURED_MIN = 100.0
+"""Requests times seconds of generation, summed over windows, from which on the time of a step is known."""
 KEEP = 0.995
 """Weight of the former measurements of a decode step at each new one."""
 PROMPTS_KEEP = 0.7
@@ -56,24 +58,37 @@ class _StepLine:
     def __init__(self) -> None:
         self._n = self._x = self._y = self._xx = self._xy = 0.0
 
-    def add(self, streams: float, step_s: float) -> None:
+    def add(self, streams: float, step_s: float, weight: float) -> None:
+        """A measurement; its weight is that of the requests in it, whose few tokens say little of a step."""
         for name, value in (
             *(("_n", 1.0), ("_x", streams), ("_y", step_s)),
             *(("_xx", streams * streams), ("_xy", streams * step_s)),
         ):
-            setattr(self, name, getattr(self, name) * KEEP + value)
+            setattr(self, name, getattr(self, name) * KEEP + weight * value)
 
     def streams_at(self, step_s: float) -> float:
         """Requests with which a step takes that long; `inf`: not known, or any number."""
-        if self._n < 1.0:
+        if self._n < MEASURED_MIN:
             return math.inf
-        mean, mean_s = self._x / self._n, self._y / self._n
-        variance = self._xx / self._n - mean * mean
-        slope = (self._xy / self._n - mean * mean_s) / variance if variance >= SPREAD_MIN * mean * mean else 0.0
+        mean, mean_s, slope = self._line()
         if slope > 0:
             return max(1.0, mean + (step_s - mean_s) / slope)
         # Of one size only, or no line: steps too long are taken as proportional to it, which errs to the safe side.
         return mean * step_s / mean_s if mean_s > step_s else math.inf
+
+    def step_at(self, streams: float) -> float:
+        """Time of a step with so many requests; 0: not known."""
+        if self._n < MEASURED_MIN:
+            return 0.0
+        mean, mean_s, slope = self._line()
+        return max(0.0, mean_s + slope * (streams - mean)) if slope > 0 else mean_s
+
+    def _line(self) -> tuple[float, float, float]:
+        """Means of requests and of step times, and the slope; 0: too little variance."""
+        mean, mean_s = self._x / self._n, self._y / self._n
+        variance = self._xx / self._n - mean * mean
+        slope = (self._xy / self._n - mean * mean_s) / variance if variance >= SPREAD_MIN * mean * mean else 0.0
+        return mean, mean_s, slope
 
 
 class NeedMeter:
@@ -90,15 +105,14 @@ class NeedMeter:
 
     def add(self, now: Observation) -> Needs | None:
         """Add an observation; None: there is too little to know the needs yet."""
-        before = self._window[-1] if self._window else None
         self._window.append(now)
         while self._window[0].at_s < now.at_s - self._settings.window_s:
             self._window.popleft()
-        if before is not None:
-            self._measure_steps(before, now)
         then = self._window[0]
         if now.at_s - then.at_s < self._settings.window_s / 3 or now.traffic is None or then.traffic is None:
             return None
+        # Over the whole window: within a second few tokens are generated, and some are reported a moment later.
+        self._measure_steps(then, now)
         self._measure_prompts(then, now)
         return self._needs(then, now)
 
@@ -112,7 +126,11 @@ class NeedMeter:
         is_full = self._is_decode_full(now)
         prefill, prompts = self._prefill(then, now, is_full=is_full)
         streams, streams_max, memory = self._decode(now, is_full=is_full)
-        decode = max(streams / streams_max, memory) / self._settings.decode_share
+        # Fewer workers have larger batches and slower steps, so those open now are too few for them: the tokens
+        # that are generated count too, of which a worker with all the requests that it may have gives so many.
+        emitted = sum(one.emitted_tokens for one in _since(then, now, WorkerRole.DECODE)) / (now.at_s - then.at_s)
+        generating = emitted * self._line.step_at(streams_max)
+        decode = max(max(streams, generating) / streams_max, memory) / self._settings.decode_share
         words = (
             f"{prompts}; {streams:,.0f} requests generate or are about to, a decode worker has room for "
             f"{streams_max:,.0f} within the ITL"
@@ -198,7 +216,7 @@ class NeedMeter:
     def _measure_steps(self, before: Observation, now: Observation) -> None:
         for one in _since(before, now, WorkerRole.DECODE):
             if one.sampled_s > 0 and one.emitted_tokens > 0 and one.stream_s > 0:
-                self._line.add(one.stream_s / one.sampled_s, one.stream_s / one.emitted_tokens)
+                self._line.add(one.stream_s / one.sampled_s, one.stream_s / one.emitted_tokens, one.stream_s)
 
 
 def _open(one: SeenWorker) -> int:

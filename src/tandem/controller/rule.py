@@ -142,7 +142,9 @@ class RoleRule:
         need_giving, need_taking = (needs.decode, needs.prefill) if role is PREFILL else (needs.prefill, needs.decode)
         if giving == 1:
             other = DECODE if role is PREFILL else PREFILL
-            return Decision(why=Why.LAST_WORKER, words=f"the last {other.value} worker keeps its role: {words}")
+            return Decision(
+                why=Why.LAST_WORKER, words=f"the last {other.value} worker keeps its role: {words}", needs=needs
+            )
         after = max(need_giving / (giving - 1), need_taking / (taking + 1))
         if after > present * (1 - self._settings.gain_min):
             return Decision(why=Why.NO_GAIN, words=f"another split would not help: {words}", needs=needs)
@@ -155,15 +157,19 @@ class RoleRule:
         since_s = now.at_s - self._last_s
         towards = f"one more {role.value} worker is wanted"
         if self._last_role is not None and since_s < self._settings.settle_s:
-            return Decision(why=Why.SETTLING, words=f"{towards}, {since_s:.0f} s after the last change: {words}")
+            return Decision(
+                why=Why.SETTLING, words=f"{towards}, {since_s:.0f} s after the last change: {words}", needs=needs
+            )
         pause_s = self._settings.reversal_s * 2**self._reversals_count
         if self._last_role not in (None, role) and since_s < pause_s:
             limit = f"a reversal has to wait for {pause_s:g} s"
             return Decision(
-                why=Why.REVERSAL, words=f"{towards}, {since_s:.0f} s after the last change, {limit}: {words}"
+                why=Why.REVERSAL,
+                words=f"{towards}, {since_s:.0f} s after the last change, {limit}: {words}",
+                needs=needs,
             )
         if wanted_s < self._settings.confirm_s:
-            return Decision(why=Why.UNCONFIRMED, words=f"{towards}, for {wanted_s:.0f} s so far: {words}")
+            return Decision(why=Why.UNCONFIRMED, words=f"{towards}, for {wanted_s:.0f} s so far: {words}", needs=needs)
         return self._chosen(now, role, needs, words)
 
     def _chosen(self, now: Observation, role: WorkerRole, needs: Needs, words: str) -> Decision:
@@ -171,7 +177,9 @@ class RoleRule:
         giving = self._of(now, DECODE if role is PREFILL else PREFILL)
         able = [one for one in giving if role in one.roles and one.worker.start not in self._refused]
         if not able:
-            return Decision(why=Why.CANNOT_TAKE, words=f"no worker can take the role {role.value} now: {words}")
+            return Decision(
+                why=Why.CANNOT_TAKE, words=f"no worker can take the role {role.value} now: {words}", needs=needs
+            )
         chosen = min(able, key=lambda one: (_open_work(one), one.worker.worker_id))
         who = f"{chosen.worker.worker_id} takes the role {role.value}"
         return Decision(why=Why.CHANGE, words=f"{who}: {words}", start=chosen.worker.start, role=role, needs=needs)
