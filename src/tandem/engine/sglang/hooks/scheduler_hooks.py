@@ -74,12 +74,13 @@ def targets(device: str) -> dict[str, tuple[Callable[..., Any], str]]:
         f"{_CHANNELS}.create": (_skip_detokenizer, "around"),
         f"{_WORKER}.get_worker_info": (_use_whole_context, "after"),
         f"{_LOADS}.get_loads": (_account_for_pages, "after"),
+        f"{_SCHEDULER}.on_idle": (_publish_while_waiting, "after"),
         **seeded_sampling.targets(),
         **grammars.targets(),
         **cache_dump.targets(),
     }
     if device == "cpu":
-        hooks[f"{_SCHEDULER}.on_idle"] = (_sleep_while_waiting, "after")
+        hooks[f"{_SCHEDULER}.on_idle"] = (_publish_and_sleep_while_waiting, "after")
         hooks |= unpinned.targets()
         hooks |= {f"{module}.apply_scaling_penalties": (_apply_penalties_uncompiled, "around") for module in _SCALING}
     return hooks if importlib.util.find_spec("nixl") is None else hooks | _nixl_targets(device)
@@ -295,6 +296,15 @@ def _note_recomputed(scheduler: Any, batch: Any, *arguments: Any, **keywords: An
             _transfers.recomputed(req.rid, token_count)
 
 
+def _publish_while_waiting(result: None, scheduler: Any) -> None:
+    """Publish KV events also while requests wait and nothing is computed; SGLang does so after a step or fully idle.
+
+    A decode engine evicts pages for requests whose prefill worker has died. Until its next step, up to 30 s later,
+    frontends would still take them for cached.
+    """
+    scheduler.kv_events_publisher.publish_kv_events()
+
+
 # --- Transferred bytes, on prefill
 
 
@@ -399,8 +409,9 @@ def _apply_penalties_uncompiled(original: Callable[..., Any], logits: Any, scali
     logits[:] = torch.where(logits < 0, logits * scaling_penalties, logits / scaling_penalties)
 
 
-def _sleep_while_waiting(result: None, scheduler: Any) -> None:
-    """Sleep while requests wait for their other leg: SGLang busy-loops, on the core that the other leg needs."""
+def _publish_and_sleep_while_waiting(result: None, scheduler: Any) -> None:
+    """Also sleep while requests wait for their other leg: SGLang busy-loops, on the core that the other leg needs."""
+    _publish_while_waiting(result, scheduler)
     if scheduler.idle_sleeper is not None and not scheduler.is_fully_idle():
         scheduler.idle_sleeper.poller.poll(IDLE_POLL_MS)
 
