@@ -21,6 +21,7 @@ from tandem.local_cluster.consul import ClusterConsul
 from tandem.observability.metric_catalog import BY_NAME, TABLE, Emitter, Kind
 from tandem.observability.metric_types import prometheus_name
 from tandem.observability.otel_metrics import READ_EVERY_S
+from tandem.testing.adapters import write_adapter
 from tandem.testing.eventually import assert_eventually
 from tests.integration.conftest import DEMO_MODEL
 from tests.integration.support import cluster_events as on
@@ -120,6 +121,7 @@ CASES: dict[str, Case] = {
     "tandem.role.change.duration": Case(
         on.a_role_change, (("tandem.role", "prefill"), ("tandem.outcome", "in_place")), "_count", by=1
     ),
+    "tandem.adapters": Case(on.a_loaded_adapter, by=1),
     "tandem.engine.messages.dropped": Case(on.a_foreign_registration, (("tandem.reason", "refused"),), by=1),
     "tandem.members": Case(on.a_drain, (("tandem.role", "decode"), ("tandem.state", "draining")), by=1),
     "tandem.watchers": Case(on.a_watcher, by=1),
@@ -140,7 +142,8 @@ async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World
     logs = tmp_path_factory.mktemp("metrics")
     names = ("prefill-0", "decode-0", "decode-1")
     engine = {"decode_step_s": 0.004}
-    common = {"running-requests-max": "2", "canary-period-s": "0.5"}
+    common = {"running-requests-max": "2", "canary-period-s": "0.5", "adapter-root": str(logs)}
+    write_adapter(logs / on.ADAPTER, DEMO_MODEL, 1)
     spec = ClusterSpec(
         model=DEMO_MODEL,
         log_directory=logs,

@@ -23,6 +23,7 @@ from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
 from tandem.api.registry.v1.registry_service_pb2_grpc import RegistryServiceStub
 from tandem.api.types.v1 import sampling_pb2
 from tandem.client import calls
+from tandem.client.adapter_calls import load_adapter, unload_adapter
 from tandem.errors import QuotaExceeded, TandemError
 from tandem.local_cluster.child_process import ClusterProcess
 from tandem.local_cluster.cluster import LocalCluster
@@ -42,6 +43,8 @@ SLOW = {"point": "decode_step", "kind": "delay", "delay_s": 0.05}
 QUEUED = 14
 """More than two decode workers take that run two at a time."""
 PAUSE_S = 1.0
+ADAPTER = "an-adapter"
+"""Its directory, below the workers' adapter_root."""
 LIVE = registry_pb.VIEW_SOURCE_LIVE
 
 
@@ -280,6 +283,14 @@ async def a_role_change(world: World) -> AsyncIterator[None]:
     await change(world.cluster, "decode-1", PREFILL)
     yield
     await change(world.cluster, "decode-1", DECODE)
+
+
+@asynccontextmanager
+async def a_loaded_adapter(world: World) -> AsyncIterator[None]:
+    """All workers load an adapter, and release it afterwards."""
+    await load_adapter(world.cluster.registry.address, "other", ADAPTER)
+    yield
+    await unload_adapter(world.cluster.registry.address, "other")
 
 
 @asynccontextmanager
