@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tandem import config as configuration
-from tandem.cli.app import up
+from tandem.cli.up_command import up
 from tandem.rpc.process_servicer import SERVICE_NAME as PROCESS_SERVICE_NAME
 from tests.unit.support.deployed_settings import CONFIGS, REPOSITORY, VARIABLE, drain_s, unknown_settings
 
