@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tandem.domain.generation import KvCheck
 from tandem.domain.worker import WorkerRole, incompatible_field
 from tandem.engine.settings import EngineSettings
 from tests.contract.support.engine_process import EngineProcess
@@ -82,6 +83,7 @@ async def test_pair_of_unequal_tp_has_the_tokens_of_one_engine_and_moves_every_b
             computed, streamed = await pair.run(prompt_of(length, about.vocabulary_size), NEW_TOKENS)
             assert streamed.token_ids == expected[length], length
             assert streamed.finish.recomputed_tokens == 0
+            assert streamed.finish.kv_check is KvCheck.UNCHECKED, "the ranks' digests cover other parts of the KV"
             whole_tokens = -(-length // page) * page
             for leg in (computed, streamed):
                 assert leg.finish.timings is not None
@@ -90,4 +92,5 @@ async def test_pair_of_unequal_tp_has_the_tokens_of_one_engine_and_moves_every_b
             *(pair.run(prompt_of(length, about.vocabulary_size), NEW_TOKENS) for length in LENGTHS)
         )
         assert [legs[1].token_ids for legs in together] == [expected[length] for length in LENGTHS]
+        assert {legs[1].finish.kv_check for legs in together} == {KvCheck.UNCHECKED}
         await pair.assert_idle()

@@ -53,6 +53,23 @@ def test_engine_says_that_it_takes_unequal_tp_only_where_that_was_tried(
     assert takes_unequal_tp(settings(**own), checkpoint, server(**args)) is expected
 
 
+@pytest.mark.parametrize(
+    ("config", "tp_size", "expected"),
+    [
+        ({"num_key_value_heads": 4}, 2, True),
+        ({"num_key_value_heads": 3}, 2, False),
+        ({"num_key_value_heads": 4}, 4, False),
+        ({"layer_types": ["full_attention"] * 2}, 2, True),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, 2, False),
+    ],
+)
+def test_unequal_tp_needs_whole_heads_a_size_that_was_tried_and_full_attention(
+    checkpoint: Checkpoint, config: dict[str, Any], tp_size: int, expected: bool
+) -> None:
+    model = replace(checkpoint, config=checkpoint.config | config)
+    assert takes_unequal_tp(settings(unequal_tp=True), model, server(tp_size=tp_size)) is expected
+
+
 def test_pair_of_unequal_tp_is_refused_by_field_unless_both_take_it() -> None:
     one, two = (replace(CAPABILITIES, unequal_tp=True, tensor_parallel_size=size) for size in (1, 2))
     assert incompatible_field(one, two) is None
@@ -93,7 +110,7 @@ def peer(**changes: Any) -> Any:
 
 
 def test_hook_prepares_lists_of_host_memory_for_each_peer_of_another_size() -> None:
-    manager, first, second = Manager(), peer(), peer(agent_name="d1", decode_tp_size=4)
+    manager, first, second = Manager(), peer(), peer(agent_name="d1")
     for each in (first, second):
         unequal_tp.prepare(manager.original, manager, each)
         assert each.dst_homogeneous_mem_kind == "DRAM"

@@ -84,8 +84,8 @@ class EngineSettings:
     adapters: AdapterSettings | None = None
     """None: the engine loads no adapters."""
     unequal_tp: bool | None = None
-    """Whether its KV may be exchanged with an engine of another tensor parallel size. None: on a CPU, where it was
-    tried."""
+    """Whether its KV may be exchanged with an engine of another tensor parallel size. None: on a CPU. The
+    engine's own conditions hold in any case."""
     seed: int = 0
     log_level: str = "warning"
     extra: dict[str, Any] = field(default_factory=dict)
