@@ -64,6 +64,7 @@ WORKERS = st.builds(
     page_size_tokens=mostly(16, 64),
     tensor_parallel_size=mostly(1, 2, 4, 2, 4),
     is_mla=st.booleans(),
+    unequal_tp=st.booleans(),
     context_tokens_max=mostly(CONTEXTS[-1], *CONTEXTS * 4),
 )
 VIEWS = st.lists(WORKERS, max_size=12, unique_by=lambda worker: worker.worker_id).map(tuple)

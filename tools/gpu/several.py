@@ -182,4 +182,9 @@ class Several:
         async def use(cluster: LocalCluster) -> None:
             await self.results.take(name, 10, functools.partial(parallel.refusal, cluster, self.vocabulary_size))
 
-        await self._cluster(f"{name}_cluster", fleet, use)
+        def refuse(cluster: LocalCluster) -> None:
+            # On a CPU they would exchange KV.
+            for worker in cluster.workers:
+                worker.flags["unequal-tp"] = "false"
+
+        await self._cluster(f"{name}_cluster", fleet, use, prepare=refuse)

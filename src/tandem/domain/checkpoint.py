@@ -63,7 +63,7 @@ class Checkpoint(Card):
         c = self.config
         if "kv_lora_rank" in c:
             return f"mla:{c['num_hidden_layers']}x{c['kv_lora_rank']}+{c.get('qk_rope_head_dim', 0)}"
-        return f"mha:{c['num_hidden_layers']}x{self._kv_heads}x{self._head_dim}"
+        return f"mha:{c['num_hidden_layers']}x{self.kv_heads}x{self._head_dim}"
 
     @property
     def is_mla(self) -> bool:
@@ -103,10 +103,11 @@ class Checkpoint(Card):
         c = self.config
         if self.is_mla:
             return int(c["num_hidden_layers"] * (c["kv_lora_rank"] + c.get("qk_rope_head_dim", 0)) * bytes_per_element)
-        return int(c["num_hidden_layers"] * 2 * self._kv_heads * self._head_dim * bytes_per_element)
+        return int(c["num_hidden_layers"] * 2 * self.kv_heads * self._head_dim * bytes_per_element)
 
     @property
-    def _kv_heads(self) -> int:
+    def kv_heads(self) -> int:
+        """KV heads of a layer; of no meaning with latent attention."""
         return int(self.config.get("num_key_value_heads") or self.config["num_attention_heads"])
 
     @property

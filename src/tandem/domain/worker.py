@@ -76,6 +76,13 @@ class Capabilities:
     embedding_sizes: tuple[int, ...] = ()
     """Sizes to which an embedding may be shortened; empty: any, if `is_matryoshka`."""
     is_matryoshka: bool = False
+    unequal_tp: bool = False
+    """Whether its KV can be exchanged with an engine of another tensor parallel size that says so too."""
+
+    @property
+    def takes_any_tp(self) -> bool:
+        """Whether the other leg may have another tensor parallel size, if the same is true of it."""
+        return self.is_mla or self.unequal_tp
 
     @property
     def embeds(self) -> bool:
@@ -84,6 +91,9 @@ class Capabilities:
 
 
 EMBEDDING_FIELDS = ("task", "embedding_size", "embedding_sizes", "is_matryoshka")
+UNDIGESTED_FIELD = "unequal_tp"
+"""Without it a pair is refused, which harms nothing: registries that drop it need not refuse the worker."""
+LATER_FIELDS = (*EMBEDDING_FIELDS, UNDIGESTED_FIELD)
 PAIR_FIELDS = (
     "engine",
     "engine_version",
@@ -96,7 +106,7 @@ PAIR_FIELDS = (
     "transfer_backend",
 )
 ANY_PARALLELISM = "any"
-"""Wildcard for tensor parallelism in the key of workers with multi-head latent attention."""
+"""Wildcard for tensor parallelism in the key of workers that take any."""
 
 
 def incompatible_field(prefill: Capabilities, decode: Capabilities) -> str | None:
@@ -105,7 +115,7 @@ def incompatible_field(prefill: Capabilities, decode: Capabilities) -> str | Non
         if getattr(prefill, name) != getattr(decode, name):
             return name
     same_parallelism = prefill.tensor_parallel_size == decode.tensor_parallel_size
-    if not same_parallelism and not (prefill.is_mla and decode.is_mla):
+    if not same_parallelism and not (prefill.takes_any_tp and decode.takes_any_tp):
         return "tensor_parallel_size"
     return None
 
@@ -119,14 +129,14 @@ def offered_keys(prefill: Capabilities) -> tuple[Hashable, ...]:
     of them: the rule of `incompatible_field`, without comparing each pair.
     """
     alike = pair_key(prefill)
-    own = (alike, prefill.tensor_parallel_size, prefill.is_mla)
-    return (own, (alike, ANY_PARALLELISM)) if prefill.is_mla else (own,)
+    own = (alike, prefill.tensor_parallel_size, prefill.takes_any_tp)
+    return (own, (alike, ANY_PARALLELISM)) if prefill.takes_any_tp else (own,)
 
 
 def accepted_keys(decode: Capabilities) -> tuple[Hashable, Hashable]:
     """Keys of the prefill workers that a decode worker can receive KV from; no prefill worker offers both."""
     alike, size = pair_key(decode), decode.tensor_parallel_size
-    return (alike, size, False), (alike, ANY_PARALLELISM) if decode.is_mla else (alike, size, True)
+    return (alike, size, False), (alike, ANY_PARALLELISM) if decode.takes_any_tp else (alike, size, True)
 
 
 Start = tuple[str, int]
@@ -228,17 +238,18 @@ def capability_text(value: object) -> str:
 
 
 def capabilities_digest(capabilities: Capabilities) -> str:
-    """SHA-256, hex, over `written_fields`: "name=value" and a line feed each, in the order of their field numbers."""
-    lines = (f"{name}={capability_text(getattr(capabilities, name))}\n" for name in written_fields(capabilities))
+    """SHA-256, hex, over `written_fields` but one: "name=value" and a line feed each, in the order of their numbers."""
+    names = [name for name in written_fields(capabilities) if name != UNDIGESTED_FIELD]
+    lines = (f"{name}={capability_text(getattr(capabilities, name))}\n" for name in names)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def written_fields(capabilities: Capabilities) -> tuple[str, ...]:
-    """Names of the fields that are stored and digested: without those of embeddings where they say nothing.
+    """Names of the fields that are stored: without those that a former release did not have where they say nothing.
 
     Registries of releases before them know the others only, and refuse a worker whose digest has more.
     """
-    return tuple(name for name in field_names() if name not in EMBEDDING_FIELDS or getattr(capabilities, name))
+    return tuple(name for name in field_names() if name not in LATER_FIELDS or getattr(capabilities, name))
 
 
 def field_names() -> tuple[str, ...]:

@@ -83,6 +83,9 @@ class EngineSettings:
     """Whether the engine prepares to switch between prefill and decode with its weights in place. None: on a CPU."""
     adapters: AdapterSettings | None = None
     """None: the engine loads no adapters."""
+    unequal_tp: bool | None = None
+    """Whether its KV may be exchanged with an engine of another tensor parallel size. None: on a CPU. The
+    engine's own conditions hold in any case."""
     seed: int = 0
     log_level: str = "warning"
     extra: dict[str, Any] = field(default_factory=dict)

@@ -183,6 +183,11 @@ class WorkerConfig(AdminConfig):
         pattern="^[a-z_]+(,[a-z_]+)*$",
         description="layers that adapters may change, separated by commas",
     )
+    unequal_tp: bool | None = Field(
+        None,
+        description="exchange KV with workers of another tensor parallel size, if they do so too. Default: on a CPU, "
+        "where it was tried; not on a GPU",
+    )
     seed: int = Field(0, ge=0, description="random seed of the engine; a request may give its own")
     canary_period_s: float = Field(
         10, ge=0.5, le=3600, description="seconds without an output token before the engine must pass a canary"
@@ -288,6 +293,7 @@ class WorkerConfig(AdminConfig):
             kv_events=self.kv_events,
             role_switch=self.role_switch,
             adapters=self.adapter_places.limits,
+            unequal_tp=self.unequal_tp,
             seed=self.seed,
             # SGLang logs every batch at "info", which would bury the worker's own log.
             log_level=self.log_level if self.log_level != "info" else "warning",

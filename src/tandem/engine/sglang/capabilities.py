@@ -40,8 +40,27 @@ def capabilities(
         transfer_backend="none" if aggregated else settings.transfer_backend,
         tensor_parallel_size=server_args.tp_size,
         is_mla=checkpoint.is_mla,
+        unequal_tp=takes_unequal_tp(settings, checkpoint, server_args),
         **embedding_capabilities(settings, checkpoint),
     )
+
+
+UNEQUAL_TP_SIZES = (1, 2)
+"""SGLang lists a prefill engine's own slices once, for the first size of decode that it meets: with these there is only
+one size other than its own."""
+
+
+def takes_unequal_tp(settings: EngineSettings, checkpoint: Checkpoint, server_args: Any) -> bool:
+    """Whether NIXL can carry this engine's KV to or from another number of ranks: each has the same number of KV heads,
+    and the whole model. Latent attention has a rule of its own; other layers were not tried.
+    """
+    if settings.role is WorkerRole.AGGREGATED or settings.transfer_backend != "nixl" or checkpoint.is_mla:
+        return False
+    is_wanted = server_args.device == "cpu" if settings.unequal_tp is None else settings.unequal_tp
+    if (server_args.pp_size, server_args.dp_size) != (1, 1) or server_args.tp_size not in UNEQUAL_TP_SIZES:
+        return False
+    layers = set(checkpoint.config.get("layer_types") or ())
+    return is_wanted and layers <= {"full_attention"} and checkpoint.kv_heads % server_args.tp_size == 0
 
 
 def load(snapshots: Iterable[Any], role: WorkerRole) -> EngineLoad:

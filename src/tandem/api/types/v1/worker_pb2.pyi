@@ -293,6 +293,7 @@ class WorkerCapabilities(_message.Message):
     EMBEDDING_SIZE_FIELD_NUMBER: _builtins.int
     EMBEDDING_SIZES_FIELD_NUMBER: _builtins.int
     IS_MATRYOSHKA_FIELD_NUMBER: _builtins.int
+    UNEQUAL_TP_FIELD_NUMBER: _builtins.int
     engine: _builtins.str
     """Pair. "sglang" or "simulated"."""
     engine_version: _builtins.str
@@ -324,7 +325,7 @@ class WorkerCapabilities(_message.Message):
     transfer_backend: _builtins.str
     """Pair. "nixl", "simulated", or "none" on an aggregated worker."""
     tensor_parallel_size: _builtins.int
-    """Pair, unless is_mla. Number of GPUs per copy of the model."""
+    """Pair, unless both are is_mla or unequal_tp. Number of ranks per copy of the model."""
     is_mla: _builtins.bool
     """Whether the model uses multi-head latent attention."""
     task: _builtins.str
@@ -335,6 +336,10 @@ class WorkerCapabilities(_message.Message):
     """Numbers in an embedding; 0: it computes none."""
     is_matryoshka: _builtins.bool
     """Whether embeddings may be shortened: to `embedding_sizes`, or where there are none to any size."""
+    unequal_tp: _builtins.bool
+    """Whether its KV can be exchanged with an engine of another tensor_parallel_size that says so too. Never in the
+    digest: a registry that does not know it drops it, and the pair is refused.
+    """
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Tokens that end a sequence."""
@@ -367,10 +372,11 @@ class WorkerCapabilities(_message.Message):
         embedding_size: _builtins.int = ...,
         embedding_sizes: _abc.Iterable[_builtins.int] | None = ...,
         is_matryoshka: _builtins.bool = ...,
+        unequal_tp: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens_max", b"context_tokens_max", "embedding_size", b"embedding_size", "embedding_sizes", b"embedding_sizes", "engine", b"engine", "engine_version", b"engine_version", "eos_token_ids", b"eos_token_ids", "is_matryoshka", b"is_matryoshka", "is_mla", b"is_mla", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_dtype", b"kv_dtype", "kv_layout", b"kv_layout", "model", b"model", "model_digest", b"model_digest", "page_size_tokens", b"page_size_tokens", "running_requests_max", b"running_requests_max", "task", b"task", "tensor_parallel_size", b"tensor_parallel_size", "tokenizer_digest", b"tokenizer_digest", "transfer_backend", b"transfer_backend", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_tokens_max", b"context_tokens_max", "embedding_size", b"embedding_size", "embedding_sizes", b"embedding_sizes", "engine", b"engine", "engine_version", b"engine_version", "eos_token_ids", b"eos_token_ids", "is_matryoshka", b"is_matryoshka", "is_mla", b"is_mla", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_capacity_tokens", b"kv_capacity_tokens", "kv_dtype", b"kv_dtype", "kv_layout", b"kv_layout", "model", b"model", "model_digest", b"model_digest", "page_size_tokens", b"page_size_tokens", "running_requests_max", b"running_requests_max", "task", b"task", "tensor_parallel_size", b"tensor_parallel_size", "tokenizer_digest", b"tokenizer_digest", "transfer_backend", b"transfer_backend", "unequal_tp", b"unequal_tp", "vocabulary_size", b"vocabulary_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

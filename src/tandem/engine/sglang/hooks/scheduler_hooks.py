@@ -32,6 +32,7 @@ from tandem.engine.sglang.hooks import (
     role_switch,
     seeded_sampling,
     transfer_queues,
+    unequal_tp,
     unpinned,
 )
 from tandem.engine.sglang.hooks.handover_messages import STATUS_FRAMES
@@ -103,6 +104,7 @@ def _nixl_targets(device: str) -> dict[str, tuple[Callable[..., Any], str]]:
     }
     if device == "cpu":
         hooks[f"{_NIXL}.NixlKVManager.__init__"] = (_register_host_memory, "before")
+        hooks[f"{_NIXL}.NixlKVManager._prepare_payload_xfer"] = (unequal_tp.prepare, "around")
         hooks["nixl._api.nixl_agent.__init__"] = (_limit_progress_polling, "around")
     return hooks
 
@@ -357,7 +359,8 @@ def _append_moved_bytes(frames: list[bytes], manager: Any, *, bootstrap_room: in
     """Send decode the number of bytes written; a decode engine without Tandem ignores the extra frame."""
     moved_bytes = _transfers.moved_bytes(bootstrap_room)
     if moved_bytes is not None and len(frames) == STATUS_FRAMES:
-        frames.append(str(moved_bytes).encode("ascii"))
+        # With more ranks on decode this one feeds several of them, in equal parts.
+        frames.append(str(moved_bytes // unequal_tp.fed_ranks(manager, bootstrap_room)).encode("ascii"))
     return frames
 
 
