@@ -49,8 +49,9 @@ SCRIPTED = {
     "openai_tools.py": ((CALL, SAYS), ['calls look({"where": "barn"})', ANSWER]),
 }
 """Files that need a model which calls tools or obeys a grammar: what it writes, and the lines that they print."""
-ELSEWHERE = {"instructor_extract.py", "pydantic_ai_agent.py"}
-"""Files whose libraries ask for other versions than Tandem: tests/other_tools runs them."""
+ELSEWHERE = {"instructor_extract.py", "pydantic_ai_agent.py", "openai_embeddings.py"}
+"""Libraries of the first two ask for other versions than Tandem: tests/other_tools runs them. The third is run by
+`test_embeddings.py`, whose cluster has a model that computes embeddings."""
 ALSO_PRINTED = {
     "anthropic_messages.py": r"^max_tokens\n22 input tokens$",
     "curl.sh": r'"stop_reason":"max_tokens"(.|\n)*data: {"finish": (.|\n)*{"token_ids":\[0,631,628,265,539\]}',
@@ -60,8 +61,6 @@ ALSO_PRINTED = {
     "openai_chat.py": r"^22 prompt tokens, 40 completion tokens\nrefused: temperature \(invalid_request\)$",
     "openai_responses.py": r"^incomplete$",
 }
-ELSEWHERE = {"openai_embeddings.py"}
-"""Run by `test_embeddings.py`, whose cluster has such a model."""
 IN_PROCESS = sorted(name for name in TIMES_ANSWERED if name.endswith(".py") and name != "litellm_chat.py")
 """Their libraries are imported once for all tests. LiteLLM keeps threads and warns while it is imported."""
 OWN_PROCESS = sorted(name for name in TIMES_ANSWERED if name.endswith(".sh") or name == "litellm_chat.py")
