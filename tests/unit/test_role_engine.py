@@ -28,9 +28,14 @@ class ScriptedEngine:
         self.switch_error: Exception | None = None
         self.died = asyncio.Event()
         self.adapters: dict[Adapter, Path] = {}
+        self.loading = asyncio.Event()
+        self.may_load = asyncio.Event()
+        self.may_load.set()
 
     async def load_adapter(self, adapter: Adapter, path: Path) -> None:
         assert self.is_running
+        self.loading.set()
+        await self.may_load.wait()
         self.adapters[adapter] = path
 
     async def unload_adapter(self, adapter: Adapter) -> None:
@@ -61,11 +66,15 @@ class Scene:
     def __init__(self) -> None:
         self.made: list[ScriptedEngine] = []
         self.start_errors: dict[WorkerRole, StartError] = {}
+        self.holding: set[WorkerRole] = set()
+        """Roles whose engines wait in each load until the test lets them go on."""
         self.engine = RoleEngine(self._make, PREFILL)
 
     def _make(self, role: WorkerRole) -> Engine:
         engine = ScriptedEngine(role)
         engine.start_error = self.start_errors.get(role)
+        if role in self.holding:
+            engine.may_load.clear()
         self.made.append(engine)
         return cast("Engine", engine)
 
@@ -101,6 +110,42 @@ async def test_another_engine_has_the_adapters_of_the_former_one(scene: Scene) -
     await scene.engine.unload_adapter(gone)
     assert not await scene.engine.change_role(DECODE, may_switch=False)
     assert [engine.adapters for engine in scene.running] == [{kept: Path("kept")}]
+
+
+async def test_adapters_that_change_during_a_role_change_are_in_the_new_engine_as_wanted(scene: Scene) -> None:
+    gone, kept, late = (Adapter(name, digit * 64) for name, digit in (("gone", "1"), ("kept", "2"), ("late", "3")))
+    for adapter in (gone, kept):
+        await scene.engine.load_adapter(adapter, Path(adapter.name))
+    scene.holding.add(DECODE)
+    changing = asyncio.create_task(scene.engine.change_role(DECODE, may_switch=False))
+    await asyncio.sleep(0)
+    decode = scene.made[1]
+    await decode.loading.wait()
+    others = [
+        asyncio.create_task(scene.engine.unload_adapter(gone)),
+        asyncio.create_task(scene.engine.load_adapter(late, Path("late"))),
+    ]
+    for _ in range(5):
+        await asyncio.sleep(0)
+    decode.may_load.set()
+    assert not await changing
+    await asyncio.gather(*others)
+    assert decode.adapters == {kept: Path("kept"), late: Path("late")}
+    assert not await scene.engine.change_role(PREFILL, may_switch=False)
+    assert scene.running[0].adapters == decode.adapters
+
+
+async def test_without_an_engine_adapters_are_not_loaded_and_can_be_unloaded(scene: Scene) -> None:
+    adapter = Adapter("story", "1" * 64)
+    await scene.engine.load_adapter(adapter, Path("story"))
+    scene.start_errors[DECODE] = StartError("no memory")
+    with pytest.raises(StartError, match="no memory"):
+        await scene.engine.change_role(DECODE, may_switch=False)
+    with pytest.raises(EngineFailed, match="adapter other is not loaded: a role change has left no engine"):
+        await scene.engine.load_adapter(Adapter("other", "2" * 64), Path("other"))
+    await scene.engine.unload_adapter(adapter)
+    assert not await scene.engine.change_role(PREFILL)
+    assert scene.running[0].adapters == {}
 
 
 async def test_an_engine_that_must_not_stay_is_replaced(scene: Scene) -> None:

@@ -36,6 +36,8 @@ class RoleEngine:
         """Whether the present engine may be asked to switch: it runs, and no switch of it has failed."""
         self._adapters: dict[Adapter, Path] = {}
         """Loaded ones and their directories: another engine loads them again."""
+        self._lock = asyncio.Lock()
+        """Held over each change of role or adapters: an adapter must not miss the engine that replaces another one."""
         self._changing = asyncio.Event()
         self._settled = asyncio.Event()
         self._settled.set()
@@ -58,16 +60,17 @@ class RoleEngine:
         Raises:
             StartError: the other engine did not start. There is no engine now: call this again, with the former role.
         """
-        self._settled.clear()
-        self._changing.set()
-        try:
-            if may_switch and self._is_usable and await self._switches(role):
-                return True
-            await self._replace(role)
-            return False
-        finally:
-            self._changing.clear()
-            self._settled.set()
+        async with self._lock:
+            self._settled.clear()
+            self._changing.set()
+            try:
+                if may_switch and self._is_usable and await self._switches(role):
+                    return True
+                await self._replace(role)
+                return False
+            finally:
+                self._changing.clear()
+                self._settled.set()
 
     async def _switches(self, role: WorkerRole) -> bool:
         try:
@@ -117,14 +120,19 @@ class RoleEngine:
         await self._engine.submit(request, output)
 
     async def load_adapter(self, adapter: Adapter, path: Path) -> None:
-        """See the port."""
-        await self._engine.load_adapter(adapter, path)
-        self._adapters[adapter] = path
+        """See the port. Waits for a role change to end."""
+        async with self._lock:
+            if not self._is_usable:
+                raise EngineFailed(f"adapter {adapter.name} is not loaded: a role change has left no engine")
+            await self._engine.load_adapter(adapter, path)
+            self._adapters[adapter] = path
 
     async def unload_adapter(self, adapter: Adapter) -> None:
-        """See the port."""
-        await self._engine.unload_adapter(adapter)
-        self._adapters.pop(adapter, None)
+        """See the port. Waits for a role change to end."""
+        async with self._lock:
+            if self._is_usable:
+                await self._engine.unload_adapter(adapter)
+            self._adapters.pop(adapter, None)
 
     async def canary(self) -> None:
         """See the port."""
