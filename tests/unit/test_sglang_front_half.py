@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import sys
 from collections.abc import Iterator
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -214,3 +216,77 @@ async def test_a_finish_says_whether_the_kv_was_compared(front_half: Any, checke
     step.customized_info = {"tandem": [[], [{"kv_checked": checked}], []]}
     await front_half._handle_batch_output(step)
     assert outputs[1].finishes[0].kv_check is kv_check
+
+
+class LoraScheduler:
+    """SGLang's scheduler and registry of adapters, as the front half calls them: it dies of an id that it has."""
+
+    def __init__(self) -> None:
+        self.held: set[str] = set()
+        self.asked: list[str] = []
+        self.answers = asyncio.Event()
+        self.answers.set()
+        self.refusals: list[str] = []
+        """Kinds of message whose next one fails, after it has had its effect."""
+
+    async def __call__(self, message: Any) -> list[Any]:
+        self.asked.append(message.kind)
+        if message.kind == "load":
+            assert message.lora_id not in self.held, "the scheduler has died"
+            self.held.add(message.lora_id)
+        elif message.kind not in self.refusals:
+            self.held.discard(message.lora_id)
+        await self.answers.wait()
+        if message.kind in self.refusals:
+            self.refusals.remove(message.kind)
+            return [SimpleNamespace(success=False, error_message=f"no {message.kind}")]
+        return [SimpleNamespace(success=True)]
+
+
+@pytest.fixture
+def scheduler(front_half: Any, monkeypatch: pytest.MonkeyPatch) -> LoraScheduler:
+    scheduler, registered = LoraScheduler(), dict[str, Any]()
+
+    async def register(reference: Any) -> None:
+        registered[reference.lora_name] = reference
+
+    messages = sys.modules["sglang.srt.managers.io_struct"]
+    for kind in ("Load", "Unload"):
+        make = partial(SimpleNamespace, kind=kind.lower())
+        monkeypatch.setattr(messages, f"{kind}LoRAAdapterReqInput", make, raising=False)
+    lora_registry: Any = ModuleType("lora_registry")
+    lora_registry.LoRARef = SimpleNamespace
+    monkeypatch.setitem(sys.modules, "sglang.srt.lora", ModuleType("sglang.srt.lora"))
+    monkeypatch.setitem(sys.modules, "sglang.srt.lora.lora_registry", lora_registry)
+    front_half.lora_update_lock, front_half.pending_lora_unloads, front_half.lora_ref_cache = asyncio.Lock(), {}, {}
+    front_half.lora_registry = SimpleNamespace(get_all_adapters=lambda: registered, register=register)
+    front_half.update_lora_adapter_communicator = scheduler
+    return scheduler
+
+
+async def test_front_half_load_after_one_that_was_cancelled_releases_the_id_first(
+    front_half: Any, scheduler: LoraScheduler
+) -> None:
+    scheduler.answers.clear()
+    loading = asyncio.create_task(front_half.load_adapter("a", "/a"))
+    await asyncio.sleep(0)
+    loading.cancel()
+    await asyncio.wait({loading})
+    scheduler.answers.set()
+    for _ in range(2):
+        await front_half.load_adapter("a", "/a")
+    assert scheduler.asked == ["load", "unload", "load"]
+    assert [*front_half.lora_ref_cache] == ["a"]
+
+
+async def test_front_half_load_that_could_not_be_undone_is_undone_before_the_next_one(
+    front_half: Any, scheduler: LoraScheduler
+) -> None:
+    scheduler.refusals = ["load", "unload"]
+    with pytest.raises(ValueError, match="no load"):
+        await front_half.load_adapter("a", "/a")
+    scheduler.refusals = ["unload"]
+    with pytest.raises(ValueError, match="a part of it is left of a load that failed"):
+        await front_half.load_adapter("a", "/a")
+    await front_half.load_adapter("a", "/a")
+    assert scheduler.asked == ["load", "unload", "unload", "unload", "load"]

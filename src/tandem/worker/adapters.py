@@ -63,9 +63,12 @@ class Adapters:
         self._loaded = {adapter.name: adapter for adapter in first}
         self._lock = asyncio.Lock()
         self._unloading: dict[str, asyncio.Task[bool]] = {}
+        self._loading: set[asyncio.Task[tuple[Adapter, bool]]] = set()
 
     async def load(self, name: str, path: str) -> tuple[Adapter, bool]:
         """Load an adapter without serving it. Returns it, and whether it was loaded before.
+
+        Goes on when the caller is cancelled: the engine would load it all the same, unknown to the worker.
 
         Raises:
             InvalidRequest: a field is wrong.
@@ -73,7 +76,17 @@ class Adapters:
             NotSupported: this worker has no adapters.
         """
         _check_name(name)
-        directory = self._directory(name, path)
+        task = asyncio.create_task(self._load(name, self._directory(name, path)), name=f"load-{name}")
+        self._loading.add(task)
+        task.add_done_callback(self._note_loaded)
+        return await asyncio.shield(task)
+
+    def _note_loaded(self, ended: asyncio.Task[tuple[Adapter, bool]]) -> None:
+        self._loading.discard(ended)
+        if not ended.cancelled() and (problem := ended.exception()) is not None:
+            log.warning("an adapter was not loaded: %s", problem)
+
+    async def _load(self, name: str, directory: Path) -> tuple[Adapter, bool]:
         async with self._lock:
             try:
                 adapter = await _read(name, directory, self._places)

@@ -30,6 +30,11 @@ log = logging.getLogger(__name__)
 class FrontHalf(TokenizerManager):  # type: ignore[misc]
     """SGLang's TokenizerManager without its tasks: the adapter runs `handle_loop`, so no error kills the process."""
 
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._doubtful: set[str] = set()
+        """Ids of adapters that the scheduler may have although their load has not ended well."""
+
     def auto_create_handle_loop(self) -> None:
         """Nothing: SGLang would install signal handlers here and start a task that ends the process on an error."""
 
@@ -82,16 +87,31 @@ class FrontHalf(TokenizerManager):  # type: ignore[misc]
                 await self._unload_lora_adapter_locked(UnloadLoRAAdapterReqInput(lora_name=engine_id))
             reference = LoRARef(lora_id=engine_id, lora_name=engine_id, lora_path=path, pinned=False)
             asked = LoadLoRAAdapterReqInput(lora_name=engine_id, lora_path=path, lora_id=engine_id)
+            if engine_id in self._doubtful and not await self._undo_load(engine_id):
+                raise ValueError("a part of it is left of a load that failed")
+            self._doubtful.add(engine_id)
             results = await self.update_lora_adapter_communicator(asked)
             if all(result.success for result in results):
                 await self.lora_registry.register(reference)
                 self.lora_ref_cache[engine_id] = reference
+                self._doubtful.discard(engine_id)
                 return
             # A rank that has loaded it, or a part of it, must not keep it.
-            await self.update_lora_adapter_communicator(
-                UnloadLoRAAdapterReqInput(lora_name=engine_id, lora_id=engine_id)
-            )
+            await self._undo_load(engine_id)
             raise ValueError("; ".join({result.error_message or "unknown" for result in results if not result.success}))
+
+    async def _undo_load(self, engine_id: str) -> bool:
+        """Release what ranks may have of an adapter; returns whether all have.
+
+        The scheduler dies of a load under an id that it has.
+        """
+        from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqInput
+
+        asked = UnloadLoRAAdapterReqInput(lora_name=engine_id, lora_id=engine_id)
+        is_undone = all(result.success for result in await self.update_lora_adapter_communicator(asked))
+        if is_undone:
+            self._doubtful.discard(engine_id)
+        return is_undone
 
     async def unload_adapter(self, engine_id: str) -> None:
         """Release an adapter when its last request has ended.

@@ -1,0 +1,102 @@
+"""A worker's loads and unloads of adapters against each other, and against callers that leave."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from tandem.clock import ManualClock
+from tandem.discovery import LeaseTime
+from tandem.domain.adapter import Adapter
+from tandem.domain.worker import Worker
+from tandem.engine.settings import AdapterPlaces, AdapterSettings
+from tandem.testing.adapters import MODULES, write_adapter
+from tandem.worker.adapters import Adapters
+from tandem.worker.identity import Identity
+from tests.unit.support.registry_workers import make_worker
+
+
+class Engine:
+    """An engine that loads when the test lets it."""
+
+    def __init__(self) -> None:
+        self.adapters: list[Adapter] = []
+        self.loading = asyncio.Event()
+        self.may_load = asyncio.Event()
+        self.may_load.set()
+
+    async def load_adapter(self, adapter: Adapter, path: Path) -> None:
+        self.loading.set()
+        await self.may_load.wait()
+        assert adapter not in self.adapters
+        self.adapters.append(adapter)
+
+    async def unload_adapter(self, adapter: Adapter) -> None:
+        self.adapters.remove(adapter)
+
+
+class Lease:
+    """A registration that confirms everything."""
+
+    ttl_s = 5.0
+    lease_time: LeaseTime | None = None
+
+    def renew(self, epoch: int) -> None:
+        raise AssertionError("no pause")
+
+    def replace(self, member: Worker) -> None:
+        pass
+
+    async def set_adapters(self, adapters: tuple[Adapter, ...], timeout_s: float) -> bool:
+        return True
+
+
+class OpenLegs:
+    """Legs that are open until the test ends them."""
+
+    def __init__(self) -> None:
+        self.waited = asyncio.Event()
+        self.ended = asyncio.Event()
+        self.ended.set()
+
+    async def wait_none_of(self, adapter: Adapter) -> None:
+        self.waited.set()
+        await self.ended.wait()
+
+
+class Scene:
+    """The adapters of a worker, and two directories `one` and `two`, with a weight each."""
+
+    def __init__(self, root: Path) -> None:
+        self.engine, self.legs = Engine(), OpenLegs()
+        self.identity = Identity(make_worker(), Lease(), clock=ManualClock(1.0))
+        model = root / "model"
+        model.mkdir()
+        for seed, name in enumerate(("one", "two")):
+            write_adapter(root / name, model, seed)
+        places = AdapterPlaces(model, AdapterSettings(rank_max=8, per_batch_max=2, modules=MODULES), root)
+        self.adapters = Adapters(cast("Any", self.engine), self.identity, cast("Any", self.legs), places)
+
+
+@pytest.fixture
+async def scene(tmp_path: Path) -> Scene:
+    return Scene(tmp_path)
+
+
+async def test_adapters_a_load_whose_caller_has_left_goes_on_and_is_known(scene: Scene) -> None:
+    scene.engine.may_load.clear()
+    loading = asyncio.create_task(scene.adapters.load("story", "one"))
+    await scene.engine.loading.wait()
+    loading.cancel()
+    await asyncio.wait({loading})
+    assert loading.cancelled()
+    scene.engine.may_load.set()
+    adapter, was_loaded = await scene.adapters.load("story", "one")
+    assert was_loaded
+    assert scene.engine.adapters == [adapter]
+    other, was_loaded = await scene.adapters.load("story", "two")
+    assert not was_loaded
+    assert scene.engine.adapters == [other], "what was loaded and never served is replaced"
