@@ -13,6 +13,7 @@ from tandem.discovery import LeaseTime
 from tandem.domain.adapter import Adapter
 from tandem.domain.worker import Worker
 from tandem.engine.settings import AdapterPlaces, AdapterSettings
+from tandem.errors import AdapterRefused
 from tandem.testing.adapters import MODULES, write_adapter
 from tandem.worker.adapters import Adapters
 from tandem.worker.identity import Identity
@@ -100,3 +101,20 @@ async def test_adapters_a_load_whose_caller_has_left_goes_on_and_is_known(scene:
     other, was_loaded = await scene.adapters.load("story", "two")
     assert not was_loaded
     assert scene.engine.adapters == [other], "what was loaded and never served is replaced"
+
+
+async def test_adapters_a_load_under_a_name_that_is_being_unloaded_is_refused(scene: Scene) -> None:
+    first, _ = await scene.adapters.load("story", "one")
+    await scene.adapters.serve("story", serve=True)
+    scene.legs.ended.clear()
+    unloading = asyncio.create_task(scene.adapters.unload("story"))
+    await scene.legs.waited.wait()
+    with pytest.raises(AdapterRefused, match="the former one of that name is still being unloaded"):
+        await scene.adapters.load("story", "two")
+    assert scene.engine.adapters == [first], "its legs are open"
+    await scene.adapters.load("other", "two")
+    scene.legs.ended.set()
+    assert await unloading
+    second, was_loaded = await scene.adapters.load("story", "two")
+    assert not was_loaded
+    assert scene.engine.adapters[1:] == [second]

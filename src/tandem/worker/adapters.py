@@ -95,6 +95,9 @@ class Adapters:
             known = self._loaded.get(name)
             if known == adapter:
                 return adapter, True
+            if known is not None and name in self._unloading:
+                # Its open legs may take minutes to end, and other changes would wait for them too.
+                raise self._refused(name, "the former one of that name is still being unloaded")
             if known is not None and known in self._identity.current().adapters:
                 raise self._refused(name, "it serves another adapter of that name: unload that one first")
             if known is not None:
