@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -12,7 +13,7 @@ from tandem.domain.adapter import Adapter
 from tandem.domain.worker import WorkerRole
 from tandem.engine.port import Engine
 from tandem.engine.role_engine import RoleEngine
-from tandem.errors import ConfigError, EngineFailed, NotSupported, StartError
+from tandem.errors import AdapterRefused, ConfigError, EngineFailed, NotSupported, RoleChangeRefused, StartError
 
 PREFILL, DECODE, AGGREGATED = WorkerRole.PREFILL, WorkerRole.DECODE, WorkerRole.AGGREGATED
 
@@ -27,6 +28,7 @@ class ScriptedEngine:
         self.start_error: StartError | None = None
         self.switch_error: Exception | None = None
         self.died = asyncio.Event()
+        self.on_stop: Callable[[], None] = lambda: None
         self.adapters: dict[Adapter, Path] = {}
         self.loading = asyncio.Event()
         self.may_load = asyncio.Event()
@@ -49,6 +51,7 @@ class ScriptedEngine:
     async def stop(self) -> None:
         self.is_running = False
         self.died.set()
+        self.on_stop()
 
     async def switch_role(self, role: WorkerRole) -> None:
         if self.switch_error is not None:
@@ -68,7 +71,12 @@ class Scene:
         self.start_errors: dict[WorkerRole, StartError] = {}
         self.holding: set[WorkerRole] = set()
         """Roles whose engines wait in each load until the test lets them go on."""
-        self.engine = RoleEngine(self._make, PREFILL)
+        self.bad_files: set[Adapter] = set()
+        self.engine = RoleEngine(self._make, PREFILL, self._check_files)
+
+    async def _check_files(self, adapter: Adapter, path: Path) -> None:
+        if adapter in self.bad_files:
+            raise AdapterRefused(f"adapter {adapter.name} cannot be loaded again", adapter=adapter.name)
 
     def _make(self, role: WorkerRole) -> Engine:
         engine = ScriptedEngine(role)
@@ -146,6 +154,29 @@ async def test_without_an_engine_adapters_are_not_loaded_and_can_be_unloaded(sce
     await scene.engine.unload_adapter(adapter)
     assert not await scene.engine.change_role(PREFILL)
     assert scene.running[0].adapters == {}
+
+
+async def test_an_adapter_whose_files_changed_refuses_the_change_before_the_engine_stops(scene: Scene) -> None:
+    adapter = Adapter("story", "1" * 64)
+    await scene.engine.load_adapter(adapter, Path("story"))
+    scene.bad_files.add(adapter)
+    scene.made[0].switch_error = NotSupported("not in place")
+    with pytest.raises(RoleChangeRefused, match="adapter story cannot be loaded again"):
+        await scene.engine.change_role(DECODE)
+    assert scene.running == scene.made[:1]
+    assert scene.made[0].adapters == {adapter: Path("story")}
+    scene.made[0].switch_error = None
+    assert await scene.engine.change_role(DECODE), "a change in place reads no files"
+
+
+async def test_files_that_change_while_the_new_engine_starts_are_not_loaded(scene: Scene) -> None:
+    adapter = Adapter("story", "1" * 64)
+    await scene.engine.load_adapter(adapter, Path("story"))
+    scene.made[0].switch_error = NotSupported("not in place")
+    scene.made[0].on_stop = lambda: scene.bad_files.add(adapter)
+    with pytest.raises(AdapterRefused, match="adapter story cannot be loaded again"):
+        await scene.engine.change_role(DECODE)
+    assert scene.made[-1].adapters == {}
 
 
 async def test_an_engine_that_must_not_stay_is_replaced(scene: Scene) -> None:

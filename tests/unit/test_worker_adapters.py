@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from tandem.domain.worker import Worker
 from tandem.engine.settings import AdapterPlaces, AdapterSettings
 from tandem.errors import AdapterRefused
 from tandem.testing.adapters import MODULES, write_adapter
-from tandem.worker.adapters import Adapters
+from tandem.worker.adapters import Adapters, check_files
 from tandem.worker.identity import Identity
 from tests.unit.support.registry_workers import make_worker
 
@@ -78,8 +79,9 @@ class Scene:
         model.mkdir()
         for seed, name in enumerate(("one", "two")):
             write_adapter(root / name, model, seed)
-        places = AdapterPlaces(model, AdapterSettings(rank_max=8, per_batch_max=2, modules=MODULES), root)
-        self.adapters = Adapters(cast("Any", self.engine), self.identity, cast("Any", self.legs), places)
+        self.root = root
+        self.places = AdapterPlaces(model, AdapterSettings(rank_max=8, per_batch_max=2, modules=MODULES), root)
+        self.adapters = Adapters(cast("Any", self.engine), self.identity, cast("Any", self.legs), self.places)
 
 
 @pytest.fixture
@@ -118,3 +120,15 @@ async def test_adapters_a_load_under_a_name_that_is_being_unloaded_is_refused(sc
     second, was_loaded = await scene.adapters.load("story", "two")
     assert not was_loaded
     assert scene.engine.adapters[1:] == [second]
+
+
+async def test_check_files_that_are_gone_or_have_other_weights_are_refused(scene: Scene) -> None:
+    path = scene.root / "one"
+    adapter, _ = await scene.adapters.load("story", "one")
+    await check_files(scene.places, adapter, path)
+    write_adapter(path, scene.places.model, 7)
+    with pytest.raises(AdapterRefused, match="adapter story cannot be loaded again: its files are not those any more"):
+        await check_files(scene.places, adapter, path)
+    shutil.rmtree(path)
+    with pytest.raises(AdapterRefused, match="adapter story cannot be loaded again: it has no adapter_config"):
+        await check_files(scene.places, adapter, path)

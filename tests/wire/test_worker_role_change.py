@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -25,6 +26,7 @@ from tandem.errors import (
     Draining,
     EngineFailed,
     InvalidRequest,
+    NotSupported,
     RoleChangeRefused,
     ServiceError,
     StaleEpoch,
@@ -34,6 +36,7 @@ from tandem.errors import (
 from tandem.rpc.channels import open_channel
 from tandem.rpc.convert import ROLES
 from tandem.rpc.status import from_rpc_error, from_status
+from tandem.testing.adapters import write_adapter
 from tandem.testing.direct_legs import direct_legs
 from tandem.testing.eventually import assert_eventually
 from tandem.worker.app import WorkerHost
@@ -215,6 +218,30 @@ async def test_a_worker_whose_new_role_does_not_start_takes_its_former_one_again
             async with direct_legs(scene.host.address) as legs:
                 leg = await legs.start(leg_of(legs.worker))
                 await assert_eventually(lambda: leg.token_ids)
+
+
+async def not_in_place(engine: SimulatedEngine, role: WorkerRole) -> None:
+    raise NotSupported("not in place")
+
+
+async def test_a_worker_whose_adapter_files_changed_keeps_engine_role_and_adapter(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = write_adapter(tmp_path / "story", MODEL, 1)
+    monkeypatch.setattr(SimulatedEngine, "switch_role", not_in_place)
+    async with serving(AGGREGATED, adapters={"story": path}) as scene:
+        before, engine = await scene.worker(), scene.host._engine._engine
+        write_adapter(path, MODEL, 2)
+        with pytest.raises(EngineFailed, match=r"has its role aggregated again.*its files are not those any more"):
+            await scene.change(PREFILL)
+        worker = await scene.worker()
+        assert (worker.role, worker.adapters) == (AGGREGATED, before.adapters)
+        assert worker.epoch > before.epoch
+        assert scene.host._engine._engine is engine, "it has the weights of the digest that is served"
+        assert await calls.is_serving(scene.host.address)
+        write_adapter(path, MODEL, 1)
+        assert not (await scene.change(PREFILL))[-1].in_place
+        assert (await scene.worker()).adapters == before.adapters
 
 
 async def test_a_worker_with_an_engine_in_neither_role_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:

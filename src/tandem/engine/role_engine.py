@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from tandem.domain.adapter import Adapter
@@ -16,7 +16,7 @@ from tandem.domain.generation import EngineRequest
 from tandem.domain.handover import DropReason
 from tandem.domain.worker import Capabilities, EngineLoad, WorkerRole
 from tandem.engine.port import BootstrapAddress, Engine, KvCache, KvSnapshot, Output
-from tandem.errors import ConfigError, EngineFailed, NotSupported
+from tandem.errors import AdapterRefused, ConfigError, EngineFailed, NotSupported, RoleChangeRefused
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +24,24 @@ log = logging.getLogger(__name__)
 class RoleEngine:
     """An `Engine`; see the port."""
 
-    def __init__(self, make: Callable[[WorkerRole], Engine], role: WorkerRole) -> None:
-        """`make` constructs an engine for a role, without starting it.
+    def __init__(
+        self,
+        make: Callable[[WorkerRole], Engine],
+        role: WorkerRole,
+        check_files: Callable[[Adapter, Path], Awaitable[None]] | None = None,
+    ) -> None:
+        """Construct the first engine.
+
+        Args:
+            make: constructs an engine for a role, without starting it.
+            role: the first role.
+            check_files: raises AdapterRefused when a directory has not that adapter any more; None: none changes.
 
         Raises:
             ConfigError: of `make`.
         """
         self._make = make
+        self._check_files = check_files
         self._engine = make(role)
         self._is_usable = True
         """Whether the present engine may be asked to switch: it runs, and no switch of it has failed."""
@@ -58,6 +69,7 @@ class RoleEngine:
             may_switch: whether the present engine may stay; False: another one is started in any case.
 
         Raises:
+            RoleChangeRefused: another engine could not load an adapter. The present one goes on as before.
             StartError: the other engine did not start. There is no engine now: call this again, with the former role.
         """
         async with self._lock:
@@ -66,6 +78,8 @@ class RoleEngine:
             try:
                 if may_switch and self._is_usable and await self._switches(role):
                     return True
+                if may_switch and self._is_usable:
+                    await self._check_adapters(role)
                 await self._replace(role)
                 return False
             finally:
@@ -80,8 +94,21 @@ class RoleEngine:
             return False
         except EngineFailed as problem:
             log.error("the engine did not take role %s in place, starting another one: %s", role.value, problem)
+            self._is_usable = False
             return False
         return True
+
+    async def _check_adapters(self, role: WorkerRole) -> None:
+        """Refuse the change while there still is an engine that has all adapters."""
+        for adapter, path in self._adapters.items():
+            try:
+                await self._check(adapter, path)
+            except AdapterRefused as problem:
+                raise RoleChangeRefused(str(problem), role=role.value) from None
+
+    async def _check(self, adapter: Adapter, path: Path) -> None:
+        if self._check_files is not None:
+            await self._check_files(adapter, path)
 
     async def _replace(self, role: WorkerRole) -> None:
         engine = self._make(role)
@@ -90,6 +117,8 @@ class RoleEngine:
         self._engine = engine
         await engine.start()
         for adapter, path in self._adapters.items():
+            # Again, because an engine may take minutes to start.
+            await self._check(adapter, path)
             await engine.load_adapter(adapter, path)
         self._is_usable = True
 

@@ -42,6 +42,21 @@ async def load_first(engine: Engine, places: AdapterPlaces, wanted: Mapping[str,
     return tuple(found)
 
 
+async def check_files(places: AdapterPlaces, adapter: Adapter, path: Path) -> None:
+    """Read the files of a loaded adapter again, for another engine to load.
+
+    Raises:
+        AdapterRefused: they cannot be loaded any more, or have other weights.
+    """
+    why = "its files are not those any more that were loaded"
+    try:
+        if await _read(adapter.name, path, places) == adapter:
+            return
+    except (StartError, OSError) as problem:
+        why = str(problem) if isinstance(problem, StartError) else f"its files cannot be read: {problem.strerror}"
+    raise AdapterRefused(f"adapter {adapter.name} cannot be loaded again: {why}", adapter=adapter.name)
+
+
 async def _read(name: str, path: Path, places: AdapterPlaces) -> Adapter:
     limits = places.limits
     if limits is None:

@@ -48,7 +48,7 @@ from tandem.rpc.server import RpcServer
 from tandem.service.awake_timers import AwakeTimers
 from tandem.service.background import BackgroundTasks
 from tandem.service.process import freeze_again
-from tandem.worker.adapters import Adapters, load_first
+from tandem.worker.adapters import Adapters, check_files, load_first
 from tandem.worker.config import WorkerConfig
 from tandem.worker.engine_health import EngineHealth, Periods, pass_canary
 from tandem.worker.identity import Identity
@@ -131,7 +131,11 @@ class WorkerHost:
                 the registry rejects the worker.
         """
         # Now, because the imports of an engine would delay the handling of a signal that comes after entering.
-        engine = RoleEngine(lambda wanted: create_engine(config.engine, config.engine_settings(wanted)), role)
+        engine = RoleEngine(
+            lambda wanted: create_engine(config.engine, config.engine_settings(wanted)),
+            role,
+            partial(check_files, config.adapter_places),
+        )
         return cls._open(config, role, engine)
 
     @classmethod

@@ -171,6 +171,9 @@ class RoleChanges:
         with parts.engine_health.paused():
             try:
                 in_place = await self._take(role)
+            except RoleChangeRefused as refusal:
+                # The engine goes on in the former role.
+                problem, in_place = refusal, True
             except TandemError as failure:
                 problem = failure
                 await self._take_back(former, failure)
