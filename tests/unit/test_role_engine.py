@@ -30,6 +30,7 @@ class ScriptedEngine:
         self.died = asyncio.Event()
         self.on_stop: Callable[[], None] = lambda: None
         self.adapters: dict[Adapter, Path] = {}
+        self.refused: set[Adapter] = set()
         self.loading = asyncio.Event()
         self.may_load = asyncio.Event()
         self.may_load.set()
@@ -38,6 +39,8 @@ class ScriptedEngine:
         assert self.is_running
         self.loading.set()
         await self.may_load.wait()
+        if adapter in self.refused:
+            raise AdapterRefused(f"no room for {adapter.name}", adapter=adapter.name)
         self.adapters[adapter] = path
 
     async def unload_adapter(self, adapter: Adapter) -> None:
@@ -71,6 +74,7 @@ class Scene:
         self.start_errors: dict[WorkerRole, StartError] = {}
         self.holding: set[WorkerRole] = set()
         """Roles whose engines wait in each load until the test lets them go on."""
+        self.refused: set[Adapter] = set()
         self.bad_files: set[Adapter] = set()
         self.engine = RoleEngine(self._make, PREFILL, self._check_files)
 
@@ -81,6 +85,7 @@ class Scene:
     def _make(self, role: WorkerRole) -> Engine:
         engine = ScriptedEngine(role)
         engine.start_error = self.start_errors.get(role)
+        engine.refused = self.refused
         if role in self.holding:
             engine.may_load.clear()
         self.made.append(engine)
@@ -177,6 +182,20 @@ async def test_files_that_change_while_the_new_engine_starts_are_not_loaded(scen
     with pytest.raises(AdapterRefused, match="adapter story cannot be loaded again"):
         await scene.engine.change_role(DECODE)
     assert scene.made[-1].adapters == {}
+
+
+async def test_in_the_former_role_an_adapter_that_does_not_load_is_dropped_and_the_others_stay(scene: Scene) -> None:
+    kept, changed, refused = (Adapter(name, "1" * 64) for name in ("kept", "changed", "refused"))
+    for adapter in (kept, changed, refused):
+        await scene.engine.load_adapter(adapter, Path(adapter.name))
+    scene.made[0].switch_error = NotSupported("not in place")
+    scene.refused.add(refused)
+    with pytest.raises(AdapterRefused, match="no room for refused"):
+        await scene.engine.change_role(DECODE)
+    scene.bad_files.add(changed)
+    assert not await scene.engine.change_role(PREFILL, may_switch=False)
+    assert [engine.adapters for engine in scene.running] == [{kept: Path("kept")}]
+    assert scene.engine.adapters() == {kept}
 
 
 async def test_an_engine_that_must_not_stay_is_replaced(scene: Scene) -> None:

@@ -41,10 +41,16 @@ class Engine:
 
 
 class Lease:
-    """A registration that confirms everything."""
+    """A registration that confirms everything, unless the test says otherwise."""
 
     ttl_s = 5.0
     lease_time: LeaseTime | None = None
+
+    def __init__(self) -> None:
+        self.confirms = True
+        self.asked = asyncio.Event()
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
 
     def renew(self, epoch: int) -> None:
         raise AssertionError("no pause")
@@ -53,7 +59,10 @@ class Lease:
         pass
 
     async def set_adapters(self, adapters: tuple[Adapter, ...], timeout_s: float) -> bool:
-        return True
+        if not self.may_answer.is_set():
+            self.asked.set()
+            await self.may_answer.wait()
+        return self.confirms
 
 
 class OpenLegs:
@@ -74,7 +83,8 @@ class Scene:
 
     def __init__(self, root: Path) -> None:
         self.engine, self.legs = Engine(), OpenLegs()
-        self.identity = Identity(make_worker(), Lease(), clock=ManualClock(1.0))
+        self.lease = Lease()
+        self.identity = Identity(make_worker(), self.lease, clock=ManualClock(1.0))
         model = root / "model"
         model.mkdir()
         for seed, name in enumerate(("one", "two")):
@@ -132,3 +142,37 @@ async def test_check_files_that_are_gone_or_have_other_weights_are_refused(scene
     shutil.rmtree(path)
     with pytest.raises(AdapterRefused, match="adapter story cannot be loaded again: it has no adapter_config"):
         await check_files(scene.places, adapter, path)
+
+
+async def test_adapters_that_a_role_change_dropped_are_not_served_again_by_a_step_that_failed(scene: Scene) -> None:
+    lost, _ = await scene.adapters.load("lost", "one")
+    kept, _ = await scene.adapters.load("kept", "two")
+    for name in ("lost", "kept"):
+        await scene.adapters.serve(name, serve=True)
+    await scene.adapters.load("late", "two")
+    scene.lease.confirms = False
+    scene.lease.may_answer.clear()
+    serving = asyncio.create_task(scene.adapters.serve("late", serve=True))
+    await scene.lease.asked.wait()
+    scene.adapters.forget_all_but({kept})
+    assert scene.identity.become(make_worker(), {kept}).adapters == (kept,)
+    scene.lease.may_answer.set()
+    with pytest.raises(AdapterRefused, match="no registry of this release has confirmed it"):
+        await serving
+    assert scene.identity.current().adapters == (kept,)
+    with pytest.raises(AdapterRefused, match="it is not loaded"):
+        await scene.adapters.serve("lost", serve=True)
+    assert not await scene.adapters.unload("lost")
+    assert not scene.adapters.serves(lost)
+
+
+async def test_adapters_an_unload_during_which_a_role_change_drops_the_adapter_ends_well(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await scene.adapters.load("story", "one")
+
+    async def dropped(adapter: Adapter) -> None:
+        scene.adapters.forget_all_but(())
+
+    monkeypatch.setattr(scene.engine, "unload_adapter", dropped)
+    assert await scene.adapters.unload("story")

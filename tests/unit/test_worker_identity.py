@@ -132,8 +132,15 @@ def test_superseding_never_takes_an_epoch_below_the_clock(identity: Identity, le
 
 def test_a_new_role_takes_an_epoch_above_the_present_one(identity: Identity, lease: FakeLease) -> None:
     described = make_worker(epoch=1, role=WorkerRole.DECODE)
-    worker = identity.become(described)
+    worker = identity.become(described, ())
     assert (worker.epoch, worker.role) == (1000, WorkerRole.DECODE)
-    assert identity.become(described).epoch == 1001, "the clock stands, and the epoch must not"
+    assert identity.become(described, ()).epoch == 1001, "the clock stands, and the epoch must not"
     assert identity.current() == lease.replaced[-1]
     assert not lease.renewed
+
+
+async def test_a_new_role_keeps_the_adapters_that_are_still_loaded(identity: Identity, lease: FakeLease) -> None:
+    kept, lost = Adapter("kept", "1" * 64), Adapter("lost", "2" * 64)
+    await identity.serve((kept, lost), 0.0)
+    assert identity.become(make_worker(), {kept}).adapters == (kept,)
+    assert lease.replaced[-1].adapters == (kept,)

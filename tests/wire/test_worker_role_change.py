@@ -20,9 +20,11 @@ from tandem.api.worker.v1 import worker_service_pb2 as pb
 from tandem.api.worker.v1.worker_service_pb2_grpc import WorkerServiceStub
 from tandem.client import calls
 from tandem.client.step_calls import StepCall
+from tandem.domain.adapter import Adapter
 from tandem.domain.worker import Worker, WorkerRole
 from tandem.engine.simulated.engine import SimulatedEngine
 from tandem.errors import (
+    AdapterRefused,
     Draining,
     EngineFailed,
     InvalidRequest,
@@ -242,6 +244,30 @@ async def test_a_worker_whose_adapter_files_changed_keeps_engine_role_and_adapte
         write_adapter(path, MODEL, 1)
         assert not (await scene.change(PREFILL))[-1].in_place
         assert (await scene.worker()).adapters == before.adapters
+
+
+async def test_a_worker_goes_on_in_its_former_role_without_an_adapter_that_does_not_load_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    paths = {name: write_adapter(tmp_path / name, MODEL, seed) for seed, name in enumerate(("kept", "lost"))}
+    monkeypatch.setattr(SimulatedEngine, "switch_role", not_in_place)
+    async with serving(AGGREGATED, adapters=paths, adapter_root=tmp_path) as scene:
+        load = SimulatedEngine.load_adapter
+
+        async def refuse(engine: SimulatedEngine, adapter: Adapter, path: Path) -> None:
+            if adapter.name == "lost":
+                raise AdapterRefused("no memory for adapter lost", adapter="lost")
+            await load(engine, adapter, path)
+
+        monkeypatch.setattr(SimulatedEngine, "load_adapter", refuse)
+        with pytest.raises(EngineFailed, match=r"has its role aggregated again.*no memory for adapter lost"):
+            await scene.change(PREFILL)
+        worker = await scene.worker()
+        assert (worker.role, [adapter.name for adapter in worker.adapters]) == (AGGREGATED, ["kept"])
+        assert await calls.is_serving(scene.host.address)
+        monkeypatch.setattr(SimulatedEngine, "load_adapter", load)
+        _, was_loaded = await scene.host._adapters.load("lost", "lost")
+        assert not was_loaded, "the worker knows that its engine has lost it"
 
 
 async def test_a_worker_with_an_engine_in_neither_role_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:

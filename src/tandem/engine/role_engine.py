@@ -66,11 +66,14 @@ class RoleEngine:
 
         Args:
             role: the new role.
-            may_switch: whether the present engine may stay; False: another one is started in any case.
+            may_switch: whether the present engine may stay; False: another one is started in any case, and adapters
+                that it cannot load are dropped (`adapters`).
 
         Raises:
+            AdapterRefused: the other engine did not load an adapter. Call this again as after StartError.
             RoleChangeRefused: another engine could not load an adapter. The present one goes on as before.
-            StartError: the other engine did not start. There is no engine now: call this again, with the former role.
+            StartError: the other engine did not start. There is no engine now: call this again, with the former role
+                and without `may_switch`.
         """
         async with self._lock:
             self._settled.clear()
@@ -80,7 +83,7 @@ class RoleEngine:
                     return True
                 if may_switch and self._is_usable:
                     await self._check_adapters(role)
-                await self._replace(role)
+                await self._replace(role, must_have_all=may_switch)
                 return False
             finally:
                 self._changing.clear()
@@ -110,17 +113,27 @@ class RoleEngine:
         if self._check_files is not None:
             await self._check_files(adapter, path)
 
-    async def _replace(self, role: WorkerRole) -> None:
+    async def _replace(self, role: WorkerRole, *, must_have_all: bool) -> None:
         engine = self._make(role)
         self._is_usable = False
         await self._engine.stop()
         self._engine = engine
         await engine.start()
-        for adapter, path in self._adapters.items():
-            # Again, because an engine may take minutes to start.
-            await self._check(adapter, path)
-            await engine.load_adapter(adapter, path)
+        for adapter, path in [*self._adapters.items()]:
+            try:
+                # Again, because an engine may take minutes to start.
+                await self._check(adapter, path)
+                await engine.load_adapter(adapter, path)
+            except AdapterRefused as problem:
+                if must_have_all:
+                    raise
+                log.error("the worker goes on without adapter %s: %s", adapter.name, problem)
+                del self._adapters[adapter]
         self._is_usable = True
+
+    def adapters(self) -> frozenset[Adapter]:
+        """Those that the engine has loaded."""
+        return frozenset(self._adapters)
 
     # --- The port
 

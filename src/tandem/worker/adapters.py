@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from tandem.domain.adapter import ADAPTERS_MAX, NAME_RULE, Adapter, is_name, read_adapter
@@ -129,6 +129,10 @@ class Adapters:
         """Whether frontends may send legs of it."""
         return adapter in self._identity.current().adapters
 
+    def forget_all_but(self, loaded: Collection[Adapter]) -> None:
+        """The engine has only these: a role change has dropped the others."""
+        self._loaded = {name: adapter for name, adapter in self._loaded.items() if adapter in loaded}
+
     async def serve(self, name: str, *, serve: bool) -> None:
         """Serve a loaded adapter, or stop to serve it; returns when the registry has confirmed it.
 
@@ -145,7 +149,9 @@ class Adapters:
             others = tuple(one for one in former if one.name != name)
             wanted = tuple(sorted((*others, adapter))) if serve else others
             if not await self._identity.serve(wanted, CONFIRM_TIMEOUT_S):
-                await self._identity.serve(former, 0.0)
+                # Without those that a role change has dropped meanwhile.
+                kept = tuple(one for one in former if self._loaded.get(one.name) == one)
+                await self._identity.serve(kept, 0.0)
                 raise self._refused(name, "no registry of this release has confirmed it")
 
     async def unload(self, name: str) -> bool:
@@ -185,7 +191,7 @@ class Adapters:
 
     async def _release(self, adapter: Adapter) -> None:
         await self._engine.unload_adapter(adapter)
-        del self._loaded[adapter.name]
+        self._loaded.pop(adapter.name, None)
         log.info("unloaded adapter %s (%s)", adapter.name, adapter.digest[:12])
 
     def _directory(self, name: str, path: str) -> Path:

@@ -221,6 +221,7 @@ class WorkerHost:
         roles = config.allowed_roles(first.role)
         return Parts(
             engine=self._engine,
+            adapters=self._adapters,
             registration=self._registration,
             identity=self._identity,
             legs=self._legs,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Protocol
 
@@ -78,10 +78,14 @@ class Identity:
         """Take an epoch above that of a previous incarnation, even when the system clock has moved backwards."""
         self._take_epoch(max(epoch + 1, self._new_epoch()))
 
-    def become(self, worker: Worker) -> Worker:
-        """Take this description with the present adapters, under a later epoch. Returns the worker with it."""
+    def become(self, worker: Worker, loaded: Collection[Adapter]) -> Worker:
+        """Take this description under a later epoch, and of the present adapters those that are still loaded.
+
+        Returns the worker with it.
+        """
         epoch = max(self.current().epoch + 1, self._new_epoch())
-        self._worker = replace(worker, epoch=epoch, adapters=self._worker.adapters)
+        adapters = tuple(adapter for adapter in self._worker.adapters if adapter in loaded)
+        self._worker = replace(worker, epoch=epoch, adapters=adapters)
         self._registration.replace(self._worker)
         return self._worker
 

@@ -22,6 +22,7 @@ from tandem.domain.worker import Worker, WorkerRole, WorkerState
 from tandem.engine.role_engine import RoleEngine
 from tandem.errors import Draining, EngineFailed, RoleChangeRefused, TandemError
 from tandem.observability.metrics import Metrics
+from tandem.worker.adapters import Adapters
 from tandem.worker.engine_health import EngineHealth, pass_canary
 from tandem.worker.identity import Identity
 from tandem.worker.legs import Legs
@@ -37,6 +38,7 @@ class Parts:
     """The parts of a worker that a change goes through, and the settings it needs."""
 
     engine: RoleEngine
+    adapters: Adapters
     registration: Registration
     identity: Identity
     legs: Legs
@@ -178,7 +180,9 @@ class RoleChanges:
                 problem = failure
                 await self._take_back(former, failure)
         self._on_changed(in_place)
-        worker = parts.identity.become(parts.describe(former if problem else role))
+        loaded = parts.engine.adapters()
+        parts.adapters.forget_all_but(loaded)
+        worker = parts.identity.become(parts.describe(former if problem else role), loaded)
         parts.legs.open_admission()
         progress.report(Step(stage=Stage.REGISTERING))
         await parts.registration.wait_registered()
@@ -203,7 +207,7 @@ class RoleChanges:
         return in_place
 
     async def _take_back(self, former: WorkerRole, failure: TandemError) -> None:
-        """Start an engine in the former role; without one the worker cannot go on."""
+        """Start an engine in the former role; without one the worker cannot go on. Without an adapter it can."""
         log.error("%s; starting an engine in the former role %s", failure, former.value)
         try:
             await self._take(former, may_switch=False)
