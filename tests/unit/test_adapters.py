@@ -77,6 +77,12 @@ def cut(path: Path) -> None:
         (lambda path: (path / "adapter_config.json").write_text("{"), "adapter_config.json is damaged"),
         (edited(peft_type="IA3"), "peft_type must be LORA"),
         (edited(use_dora=True), "use_dora is not supported"),
+        (edited(use_rslora=True), "use_rslora is not supported"),
+        (edited(fan_in_fan_out=True), "fan_in_fan_out is not supported"),
+        (edited(alora_invocation_tokens=[1]), "alora_invocation_tokens is not supported"),
+        (edited(alpha_pattern={"q_proj": 64}), "alpha_pattern is not supported: .* the same lora_alpha"),
+        (edited(rank_pattern={"q_proj": 4}), "rank_pattern is not supported: .* the same r"),
+        (edited(rank_pattern=["q_proj"]), "rank_pattern is not supported"),
         (edited(r=17), r"r, the rank, must be 1 to 16 \(adapter_rank_max\), not 17"),
         (edited(r=4), r"its tensor .* has the shape \[8, \d+\], this model needs \[4, \d+\]"),
         (edited(target_modules="all"), "target_modules must be a list of names"),
@@ -93,6 +99,12 @@ def test_files_that_an_engine_could_not_use_are_refused(
     with pytest.raises(StartError, match=text) as refused:
         read(path)
     assert str(tmp_path) not in str(refused.value), "a caller learns no path of the machine"
+
+
+def test_settings_that_change_nothing_are_accepted(tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "story", DEMO_MODEL, 1)
+    edited(use_rslora=False, fan_in_fan_out=False, alpha_pattern={"q_proj": 16}, rank_pattern={}, use_qalora=None)(path)
+    assert read(path).name == "story"
 
 
 def test_an_adapter_of_another_models_size_is_refused(tmp_path: Path) -> None:

@@ -29,6 +29,10 @@ CONFIG_FILE, ADDED_TOKENS_FILE = "adapter_config.json", "added_tokens.json"
 CONFIG_BYTES_MAX = 2**20
 WEIGHTS_BYTES_MAX = 8 * 2**30
 _CHUNK_BYTES = 2**20
+UNSUPPORTED = (
+    "use_dora", "use_rslora", "use_qalora", "fan_in_fan_out", "alora_invocation_tokens", "layer_replication"
+)  # fmt: skip
+"""Settings of PEFT that an adapter must not have set."""
 _PREFIX = "base_model.model."
 _PART = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])(\.[A-Za-z0-9_-]+)?\.weight")
 
@@ -101,9 +105,19 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise StartError(f"{CONFIG_FILE} is damaged: it is not JSON") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise StartError(f"{CONFIG_FILE}: peft_type must be LORA")
-    if config.get("use_dora"):
-        raise StartError(f"{CONFIG_FILE}: use_dora is not supported")
+    _check_scale(config)
     return config
+
+
+def _check_scale(config: dict[str, Any]) -> None:
+    """Refuse what would change answers and SGLang ignores: it applies lora_alpha / r to all layers and tokens."""
+    for key in UNSUPPORTED:
+        if config.get(key):
+            raise StartError(f"{CONFIG_FILE}: {key} is not supported")
+    for key, common in (("alpha_pattern", "lora_alpha"), ("rank_pattern", "r")):
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict) or any(value != config.get(common) for value in pattern.values()):
+            raise StartError(f"{CONFIG_FILE}: {key} is not supported: all layers must have the same {common}")
 
 
 def _check_targets(config: dict[str, Any], modules: frozenset[str]) -> None:
