@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,63 @@ def test_files_that_an_engine_could_not_use_are_refused(
     with pytest.raises(StartError, match=text) as refused:
         read(path)
     assert str(tmp_path) not in str(refused.value), "a caller learns no path of the machine"
+
+
+MLP = ("gate_proj", "up_proj", "down_proj")
+ALL_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", *MLP)
+
+
+@pytest.mark.parametrize(
+    ("modules", "text"),
+    [
+        (("v_proj",), r"layers\.0\.self_attn\.v_proj needs q_proj beside it"),
+        (("k_proj", "v_proj"), "[kv]_proj needs q_proj beside it"),
+        (("q_proj", "k_proj"), "q_proj needs v_proj beside it"),
+        (("up_proj", "down_proj"), "up_proj needs gate_proj beside it"),
+        (("q_proj", "v_proj"), None),
+        (("gate_proj", "o_proj"), None),
+        (ALL_MODULES, None),
+    ],
+)
+def test_modules_that_sglang_cannot_join_are_refused(modules: Sequence[str], text: str | None, tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "story", DEMO_MODEL, 1, modules=modules)
+    if text is None:
+        assert read_adapter("story", path, DEMO_MODEL, 16, ALL_MODULES).name == "story"
+        return
+    with pytest.raises(StartError, match=text):
+        read_adapter("story", path, DEMO_MODEL, 16, ALL_MODULES)
+
+
+@pytest.mark.parametrize(
+    ("layer", "text"),
+    [
+        ("model.layers.0.self_attn.x_proj", "x_proj cannot be adapted; this worker adapts q_proj, v_proj"),
+        ("model.layers.0.mlp.experts.3.q_proj", r"experts\.3\.q_proj cannot be adapted"),
+        ("model.layers.0.other.q_proj", r"other\.q_proj is none of this model"),
+        ("model.layers.99.self_attn.q_proj", r"99\.self_attn\.q_proj is none of this model"),
+        ("visual.q_proj", r"visual\.q_proj is none of this model"),
+    ],
+)
+def test_a_layer_without_a_place_in_sglang_is_refused(layer: str, text: str, tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "story", DEMO_MODEL, 1)
+    _rename_layer(path / "adapter_model.safetensors", "model.layers.0.self_attn.q_proj", layer)
+    with pytest.raises(StartError, match=text):
+        read(path)
+
+
+def test_layers_of_a_model_whose_weights_have_other_names_must_have_a_number(tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "story", tmp_path, 1)
+    assert read_adapter("story", path, tmp_path, 16, MODULES).name == "story"
+    _rename_layer(path / "adapter_model.safetensors", "model.layers.0.self_attn.q_proj", "visual.q_proj")
+    with pytest.raises(StartError, match=r"visual\.q_proj is none of this model"):
+        read_adapter("story", path, tmp_path, 16, MODULES)
+
+
+def _rename_layer(file: Path, old: str, new: str) -> None:
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].replace(f".{old}.".encode(), f".{new}.".encode())
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
 
 
 def test_settings_that_change_nothing_are_accepted(tmp_path: Path) -> None:

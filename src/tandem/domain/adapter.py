@@ -34,6 +34,16 @@ UNSUPPORTED = (
 )  # fmt: skip
 """Settings of PEFT that an adapter must not have set."""
 _PREFIX = "base_model.model."
+_LAYER = re.compile(r"layers\.[0-9]+\.")
+_OUTSIDE_LAYERS = frozenset({"embed_tokens", "lm_head"})
+_NEEDED = {
+    "q_proj": "v_proj",
+    "k_proj": "q_proj",
+    "v_proj": "q_proj",
+    "up_proj": "gate_proj",
+    "kv_a_proj_with_mqa": "q_a_proj",
+}
+"""Modules that SGLang joins with others, and those without which it cannot: it fills up k, gate's up and kv_a alone."""
 _PART = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])(\.[A-Za-z0-9_-]+)?\.weight")
 
 
@@ -80,14 +90,16 @@ def read_adapter(name: str, path: Path, model_path: Path, rank_max: int, modules
     rank = config.get("r")
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= rank_max:
         raise StartError(f"{CONFIG_FILE}: r, the rank, must be 1 to {rank_max} (adapter_rank_max), not {rank!r}")
-    _check_targets(config, frozenset(modules))
+    modules = frozenset(modules)
+    _check_targets(config, modules)
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise StartError(f"it has no weights in {path.name}/*.safetensors; other formats are not read")
     if sum(file.stat().st_size for file in files) > WEIGHTS_BYTES_MAX:
         raise StartError(f"its weights are larger than {WEIGHTS_BYTES_MAX} bytes")
     shapes = {key: shape for file in files for key, shape in _shapes(file).items()}
-    _check_shapes(shapes, _model_shapes(model_path), rank)
+    model = _model_shapes(model_path)
+    _check_layers(_check_shapes(shapes, model, rank), model, modules)
     return Adapter(name, _digest(path, files))
 
 
@@ -143,9 +155,9 @@ def _model_shapes(path: Path) -> dict[str, list[int]]:
     return {key: shape for file in sorted(path.glob("*.safetensors")) for key, shape in _shapes(file).items()}
 
 
-def _check_shapes(shapes: dict[str, list[int]], model: dict[str, list[int]], rank: int) -> None:
+def _check_shapes(shapes: dict[str, list[int]], model: dict[str, list[int]], rank: int) -> dict[str, set[str]]:
     """Compare each part with the weight that it adapts. Layers that the model stores in another form, as a quantised
-    or fused one does, are not compared.
+    or fused one does, are not compared. Returns which of the parts A and B each layer has.
     """
     layers: dict[str, set[str]] = {}
     for key, shape in shapes.items():
@@ -160,11 +172,25 @@ def _check_shapes(shapes: dict[str, list[int]], model: dict[str, list[int]], ran
         expected = [rank, weight[-1]] if side == "A" else [weight[0], rank]
         if shape != expected:
             raise StartError(f"its tensor {key} has the shape {shape}, this model needs {expected}")
-    if not any(f"{layer}.weight" in model for layer in layers) and any(key.endswith("q_proj.weight") for key in model):
-        raise StartError("it adapts no layer that this model has")
-    half = next((layer for layer, sides in layers.items() if len(sides) != len("AB")), None)
-    if half is not None:
-        raise StartError(f"its layer {half} has only one of the two parts A and B")
+    return layers
+
+
+def _check_layers(layers: dict[str, set[str]], model: Iterable[str], modules: frozenset[str]) -> None:
+    """Check that SGLang finds a place for each layer: a scheduler dies at the first request of one without a place."""
+    stored = {key.rpartition(".")[0] for key in model}
+    stored_modules = {layer.rpartition(".")[2] for layer in stored}
+    for layer, sides in layers.items():
+        parent, _, module = layer.rpartition(".")
+        if module not in modules or "experts" in parent.split("."):
+            raise StartError(f"its layer {layer} cannot be adapted; this worker adapts {', '.join(sorted(modules))}")
+        has_number = module in _OUTSIDE_LAYERS or _LAYER.search(layer) is not None
+        if not has_number or (module in stored_modules and layer not in stored):
+            raise StartError(f"its layer {layer} is none of this model")
+        if len(sides) != len("AB"):
+            raise StartError(f"its layer {layer} has only one of the two parts A and B")
+        needed = _NEEDED.get(module)
+        if needed is not None and f"{parent}.{needed}" not in layers:
+            raise StartError(f"its layer {layer} needs {needed} beside it: SGLang computes the two in one step")
 
 
 def _digest(path: Path, files: Iterable[Path]) -> str:
