@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,23 @@ def having(worker: Worker, *adapters: Adapter) -> Worker:
 # --- Files
 
 
+def test_a_directory_and_files_that_are_links_within_it_are_read(tmp_path: Path) -> None:
+    one = read(write_adapter(tmp_path / "one", DEMO_MODEL, 1))
+    weights = tmp_path / "one" / WEIGHTS
+    (tmp_path / "one" / "blobs").mkdir()
+    weights.symlink_to(weights.rename(tmp_path / "one" / "blobs" / "x"))
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    assert read(tmp_path / "link") == one
+
+
+def test_weights_in_many_files_are_refused(tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "story", DEMO_MODEL, 1)
+    for number in range(8):
+        (path / f"{number}.safetensors").touch()
+    with pytest.raises(StartError, match="in more than 8 files"):
+        read(path)
+
+
 def test_the_digest_is_of_configuration_and_weights(tmp_path: Path) -> None:
     one = read(write_adapter(tmp_path / "one", DEMO_MODEL, 1))
     assert read(write_adapter(tmp_path / "same", DEMO_MODEL, 1)) == one
@@ -70,9 +88,40 @@ def cut(path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
+def replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+    """A file of the adapter is another thing, which `make` makes."""
+
+    def replace_file(path: Path) -> None:
+        (path / name).unlink(missing_ok=True)
+        make(path / name)
+
+    return replace_file
+
+
+def linked_out(path: Path) -> None:
+    file = path / "adapter_model.safetensors"
+    file.symlink_to(file.rename(path.parent / "elsewhere"))
+
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
+        (replaced(CONFIG, os.mkfifo), "adapter_config.json is no regular file"),
+        (replaced(CONFIG, Path.mkdir), "adapter_config.json is no regular file"),
+        (
+            replaced(CONFIG, lambda file: file.symlink_to("/dev/zero")),
+            "adapter_config.json is a link to a file outside",
+        ),
+        (replaced(CONFIG, lambda file: file.symlink_to(file)), "adapter_config.json cannot be read: Too many levels"),
+        (replaced(CONFIG, lambda file: file.write_bytes(b" " * (2**20 + 1))), "config.json is larger than 1048576"),
+        (replaced(WEIGHTS, os.mkfifo), "adapter_model.safetensors is no regular file"),
+        (replaced("b.safetensors", os.mkfifo), "b.safetensors is no regular file"),
+        (replaced("added_tokens.json", os.mkfifo), "added_tokens.json is no regular file"),
+        (replaced("model.safetensors.index.json", os.mkfifo), "index.json is no regular file"),
+        (linked_out, "adapter_model.safetensors is a link to a file outside of the adapter's directory"),
         (lambda path: (path / "adapter_config.json").unlink(), "it has no adapter_config.json"),
         (lambda path: (path / "adapter_config.json").write_text("{"), "adapter_config.json is damaged"),
         (edited(peft_type="IA3"), "peft_type must be LORA"),

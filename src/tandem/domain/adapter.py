@@ -6,13 +6,16 @@ differ. Files are read only, and never as pickles.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable
+import stat
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tandem.domain.checkpoint import read_shapes
 from tandem.errors import StartError
@@ -25,8 +28,13 @@ ADAPTERS_MAX = 64
 DIGEST = re.compile("[0-9a-f]{64}", re.ASCII)
 _NAME = re.compile(NAME_PATTERN, re.ASCII)
 
-CONFIG_FILE, ADDED_TOKENS_FILE = "adapter_config.json", "added_tokens.json"
+CONFIG_FILE = "adapter_config.json"
+OTHER_FILES = ("added_tokens.json", "model.safetensors.index.json")
+"""Files that SGLang reads beside configuration and weights, where they exist."""
 CONFIG_BYTES_MAX = 2**20
+"""Also of each of the other files."""
+WEIGHTS_FILES_MAX = 8
+"""PEFT writes one."""
 WEIGHTS_BYTES_MAX = 8 * 2**30
 _CHUNK_BYTES = 2**20
 UNSUPPORTED = (
@@ -83,36 +91,60 @@ def read_adapter(name: str, path: Path, model_path: Path, rank_max: int, modules
         rank_max: highest rank that the engine holds.
         modules: names of the layers that the engine can adapt, such as "q_proj".
 
+    Only regular files below the directory are read, so that no link leads elsewhere and no pipe blocks.
+
     Raises:
-        StartError: a file is missing, damaged, too large or not of this model; names it without its directory.
+        StartError: a file is missing, damaged, too large, a link out of the directory or not of this model; names it
+            without its directory.
     """
+    path = Path(os.path.realpath(path))
     config = _read_config(path)
     rank = config.get("r")
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= rank_max:
         raise StartError(f"{CONFIG_FILE}: r, the rank, must be 1 to {rank_max} (adapter_rank_max), not {rank!r}")
     modules = frozenset(modules)
     _check_targets(config, modules)
-    files = sorted(path.glob("*.safetensors"))
+    files = sorted(file.name for file in path.glob("*.safetensors"))
     if not files:
         raise StartError(f"it has no weights in {path.name}/*.safetensors; other formats are not read")
-    if sum(file.stat().st_size for file in files) > WEIGHTS_BYTES_MAX:
-        raise StartError(f"its weights are larger than {WEIGHTS_BYTES_MAX} bytes")
-    shapes = {key: shape for file in files for key, shape in _shapes(file).items()}
+    if len(files) > WEIGHTS_FILES_MAX:
+        raise StartError(f"its weights are in more than {WEIGHTS_FILES_MAX} files")
+    shapes = _read_shapes(path, files)
     model = _model_shapes(model_path)
     _check_layers(_check_shapes(shapes, model, rank), model, modules)
     return Adapter(name, _digest(path, files))
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / CONFIG_FILE
+@contextlib.contextmanager
+def _opened(directory: Path, name: str) -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file of the adapter, and its size in bytes. The directory has no links in its path."""
     try:
-        if file.stat().st_size > CONFIG_BYTES_MAX:
-            raise StartError(f"{CONFIG_FILE} is larger than {CONFIG_BYTES_MAX} bytes")
-        config = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise StartError(f"it has no {CONFIG_FILE}: it must be a directory in the format of PEFT") from None
+        real = Path(os.path.realpath(directory / name, strict=True))
+        if not real.is_relative_to(directory):
+            raise StartError(f"{name} is a link to a file outside of the adapter's directory")
+        # A pipe would block here, and a device might start to work.
+        descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise StartError(f"{name} is no regular file")
+            with os.fdopen(descriptor, "rb", closefd=False) as stream:
+                yield stream, status.st_size
+        finally:
+            os.close(descriptor)
     except OSError as problem:
-        raise StartError(f"{CONFIG_FILE} cannot be read: {problem.strerror}") from None
+        raise StartError(f"{name} cannot be read: {problem.strerror}") from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not os.path.lexists(path / CONFIG_FILE):
+        raise StartError(f"it has no {CONFIG_FILE}: it must be a directory in the format of PEFT")
+    with _opened(path, CONFIG_FILE) as (stream, _):
+        text = stream.read(CONFIG_BYTES_MAX + 1)
+    if len(text) > CONFIG_BYTES_MAX:
+        raise StartError(f"{CONFIG_FILE} is larger than {CONFIG_BYTES_MAX} bytes")
+    try:
+        config = json.loads(text)
     except (ValueError, RecursionError):
         raise StartError(f"{CONFIG_FILE} is damaged: it is not JSON") from None
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
@@ -142,17 +174,27 @@ def _check_targets(config: dict[str, Any], modules: frozenset[str]) -> None:
         raise StartError(f"{CONFIG_FILE}: target_modules has {', '.join(foreign)}; this worker adapts {known}")
 
 
-def _shapes(file: Path) -> dict[str, list[int]]:
-    try:
-        size_bytes = file.stat().st_size
-        with file.open("rb") as stream:
-            return read_shapes(Path(file.name), stream, size_bytes)
-    except OSError as problem:
-        raise StartError(f"{file.name} cannot be read: {problem.strerror}") from None
+def _read_shapes(path: Path, files: Iterable[str]) -> dict[str, list[int]]:
+    shapes: dict[str, list[int]] = {}
+    total_bytes = 0
+    for name in files:
+        with _opened(path, name) as (stream, size_bytes):
+            total_bytes += size_bytes
+            if total_bytes > WEIGHTS_BYTES_MAX:
+                raise StartError(f"its weights are larger than {WEIGHTS_BYTES_MAX} bytes")
+            shapes |= read_shapes(Path(name), stream, size_bytes)
+    return shapes
 
 
 def _model_shapes(path: Path) -> dict[str, list[int]]:
-    return {key: shape for file in sorted(path.glob("*.safetensors")) for key, shape in _shapes(file).items()}
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with file.open("rb") as stream:
+                shapes |= read_shapes(Path(file.name), stream, file.stat().st_size)
+        except OSError as problem:
+            raise StartError(f"{file.name} of the model cannot be read: {problem.strerror}") from None
+    return shapes
 
 
 def _check_shapes(shapes: dict[str, list[int]], model: dict[str, list[int]], rank: int) -> dict[str, set[str]]:
@@ -193,13 +235,16 @@ def _check_layers(layers: dict[str, set[str]], model: Iterable[str], modules: fr
             raise StartError(f"its layer {layer} needs {needed} beside it: SGLang computes the two in one step")
 
 
-def _digest(path: Path, files: Iterable[Path]) -> str:
+def _digest(path: Path, files: Iterable[str]) -> str:
     digest = hashlib.sha256()
-    for file in (path / CONFIG_FILE, path / ADDED_TOKENS_FILE, *files):
-        if not file.exists():
-            continue
-        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
-        with file.open("rb") as stream:
-            while chunk := stream.read(_CHUNK_BYTES):
+    others = [name for name in OTHER_FILES if os.path.lexists(path / name)]
+    for name in (CONFIG_FILE, *others, *files):
+        with _opened(path, name) as (stream, size_bytes):
+            if name in OTHER_FILES and size_bytes > CONFIG_BYTES_MAX:
+                raise StartError(f"{name} is larger than {CONFIG_BYTES_MAX} bytes")
+            digest.update(f"{name}\0{size_bytes}\0".encode())
+            left = size_bytes
+            while left > 0 and (chunk := stream.read(min(left, _CHUNK_BYTES))):
                 digest.update(chunk)
+                left -= len(chunk)
     return digest.hexdigest()
