@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from tandem_frontend.adapter_fleets import AdapterFleets
 from tandem_frontend.routing.adapter_view import AdapterView, without_adapters
 from tandem_frontend.routing.pools import Pools
+from tandem_registry.adapter_changes import AdapterChanges
 from tandem_registry.backends.consul.records import Record, check_fits, host_and_port, meta, record_of
 from tandem_registry.leases import Membership
 from tandem_registry.validation import checked_worker
 from tandem_registry.view import Change
 
+from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
 from tandem.clock import ManualClock
 from tandem.domain.adapter import ADAPTERS_MAX, Adapter, is_name, read_adapter
-from tandem.domain.worker import Worker
-from tandem.errors import IncompatibleWorkers, InvalidRequest, NoWorkers, StartError
+from tandem.domain.worker import EMBED, Worker, WorkerRole
+from tandem.errors import AdapterRefused, ConfigError, IncompatibleWorkers, InvalidRequest, NoWorkers, StartError
 from tandem.rpc.convert import worker_from_proto, worker_to_proto
 from tandem.testing.adapters import MODULES, write_adapter
 from tandem.worker.config import WorkerConfig
@@ -238,7 +242,26 @@ def test_settings_name_each_adapter_and_its_directory() -> None:
             WorkerConfig(**given, adapters=text)
 
 
+def test_a_worker_that_embeds_has_no_adapters() -> None:
+    config = WorkerConfig(registry="127.0.0.1:1", model="m", adapters="a=x", task="embed")
+    with pytest.raises(ConfigError, match="adapters: must be empty with task embed"):
+        config.engine_settings(WorkerRole.AGGREGATED)
+
+
 # --- Membership
+
+
+def test_a_load_for_a_model_that_embeds_is_refused_before_any_worker_is_asked() -> None:
+    worker = aggregated("a", task=EMBED)
+
+    async def view() -> Any:
+        return SimpleNamespace(workers=[SimpleNamespace(member=worker)])
+
+    backend: Any = SimpleNamespace(origin=SimpleNamespace(is_live=True), view=view)
+    changes = AdapterChanges(backend, cast("Any", None))
+    with pytest.raises(AdapterRefused, match=f"model {worker.capabilities.model} has task embed") as refused:
+        asyncio.run(changes.load(registry_pb.LoadAdapterRequest(name="story", path="story")))
+    assert refused.value.metadata["adapter"] == "story"
 
 
 def test_a_keep_alive_changes_the_adapters_in_the_same_epoch() -> None:
