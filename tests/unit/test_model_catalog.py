@@ -460,6 +460,25 @@ def test_an_adapter_has_not_the_embeddings_of_its_model() -> None:
     staged(live)
 
 
+def test_an_alias_comes_before_an_adapter_of_its_name(caplog: pytest.LogCaptureFixture) -> None:
+    async def live(stage: Stage) -> None:
+        for _ in range(2):
+            stage.catalog.follow(with_story("a"))
+        assert await stage.found("story") == "a"
+        (listed,) = stage.catalog.listed()
+        assert (listed.name, [*listed.aliases]) == ("a", ["story"])
+
+    staged(live, rules=NamingRules(aliases={"story": "a"}))
+    logged = [record.getMessage() for record in caplog.records if "alias" in record.getMessage()]
+    assert logged == ["adapter story cannot be requested here: its name is an alias of a"]
+
+    async def of_itself(stage: Stage) -> None:
+        stage.catalog.follow(with_story("a"))
+        assert await stage.found("story") == "story"
+
+    staged(of_itself, rules=NamingRules(aliases={"story": "story"}))
+
+
 def test_a_model_comes_before_an_adapter_of_its_name() -> None:
     async def live(stage: Stage) -> None:
         stage.catalog.follow(view(with_story("a"), of("story")))
