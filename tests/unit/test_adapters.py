@@ -24,6 +24,7 @@ from tandem_registry.view import Change
 from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
 from tandem.clock import ManualClock
 from tandem.domain.adapter import ADAPTERS_MAX, Adapter, is_name, read_adapter
+from tandem.domain.checkpoint import shown
 from tandem.domain.worker import EMBED, Worker, WorkerRole
 from tandem.errors import AdapterRefused, ConfigError, IncompatibleWorkers, InvalidRequest, NoWorkers, StartError
 from tandem.rpc.convert import worker_from_proto, worker_to_proto
@@ -54,6 +55,10 @@ def test_a_directory_and_files_that_are_links_within_it_are_read(tmp_path: Path)
     weights.symlink_to(weights.rename(tmp_path / "one" / "blobs" / "x"))
     (tmp_path / "link").symlink_to(tmp_path / "one")
     assert read(tmp_path / "link") == one
+
+
+def test_a_value_that_has_no_text_can_be_shown() -> None:
+    assert shown(nested(100_000), repr) == shown(10**5000) == "a value that is too long or too deep"
 
 
 def test_weights_in_many_files_are_refused(tmp_path: Path) -> None:
@@ -102,11 +107,29 @@ def replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], None
     return replace_file
 
 
+def with_header(text: str | bytes) -> Callable[[Path], None]:
+    """Weights with this header."""
+    header = text.encode() if isinstance(text, str) else text
+    return replaced(WEIGHTS, lambda file: file.write_bytes(len(header).to_bytes(8, "little") + header))
+
+
+def with_tensor(name: str, shape: str = "[8, 8]") -> Callable[[Path], None]:
+    return with_header(f'{{"{name}": {{"dtype": "F32", "shape": {shape}, "data_offsets": [0, 0]}}}}')
+
+
 def linked_out(path: Path) -> None:
     file = path / "adapter_model.safetensors"
     file.symlink_to(file.rename(path.parent / "elsewhere"))
 
 
+def nested(depth: int) -> list[Any]:
+    found: list[Any] = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
+LAYER = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -125,6 +148,16 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
         (replaced("b.safetensors", os.mkfifo), "b.safetensors is no regular file"),
         (replaced("added_tokens.json", os.mkfifo), "added_tokens.json is no regular file"),
         (replaced("model.safetensors.index.json", os.mkfifo), "index.json is no regular file"),
+        (with_header(b" " * (2 * 2**20 + 1)), "model.safetensors has a header of 2097153 bytes, at most 2097152 are"),
+        (with_header("[" * 100_000), "adapter_model.safetensors is damaged: its header cannot be parsed"),
+        (with_tensor("x", "[1e400]"), "adapter_model.safetensors is damaged: its header cannot be parsed"),
+        (with_tensor("x" * 10_000), r"its tensor x{97}\.\.\. is no part of a LoRA adapter"),
+        (with_tensor(r"\ud800"), r"its tensor \\ud800 is no part of a LoRA adapter"),
+        (with_tensor("a" * 200 + ".q_proj.lora_A.weight"), r"its layer a{97}\.\.\. is none of this model"),
+        (with_tensor(LAYER, str([8] * 100)), r"has the shape \[(8, ){32}\.\.\., this model needs"),
+        (edited(r="9" * 1000), r"not '9{96}\.\.\.$"),
+        (edited(r=nested(100)), r"not \[{97}\.\.\.$"),
+        (edited(target_modules=["x" * 1000]), r"target_modules has x{97}\.\.\.; this"),
         (linked_out, "adapter_model.safetensors is a link to a file outside of the adapter's directory"),
         (lambda path: (path / "adapter_config.json").unlink(), "it has no adapter_config.json"),
         (lambda path: (path / "adapter_config.json").write_text("{"), "adapter_config.json is damaged"),

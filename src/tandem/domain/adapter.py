@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tandem.domain.checkpoint import read_shapes
+from tandem.domain.checkpoint import read_shapes, shown
 from tandem.errors import StartError
 
 NAME_CHARS_MAX = 64
@@ -33,6 +33,8 @@ OTHER_FILES = ("added_tokens.json", "model.safetensors.index.json")
 """Files that SGLang reads beside configuration and weights, where they exist."""
 CONFIG_BYTES_MAX = 2**20
 """Also of each of the other files."""
+HEADER_BYTES_MAX = 2 * 2**20
+"""Of one file of weights. All workers parse it at once, and their streams wait; an entry has some 150 bytes."""
 WEIGHTS_FILES_MAX = 8
 """PEFT writes one."""
 WEIGHTS_BYTES_MAX = 8 * 2**30
@@ -101,12 +103,14 @@ def read_adapter(name: str, path: Path, model_path: Path, rank_max: int, modules
     config = _read_config(path)
     rank = config.get("r")
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= rank_max:
-        raise StartError(f"{CONFIG_FILE}: r, the rank, must be 1 to {rank_max} (adapter_rank_max), not {rank!r}")
+        raise StartError(
+            f"{CONFIG_FILE}: r, the rank, must be 1 to {rank_max} (adapter_rank_max), not {shown(rank, repr)}"
+        )
     modules = frozenset(modules)
     _check_targets(config, modules)
     files = sorted(file.name for file in path.glob("*.safetensors"))
     if not files:
-        raise StartError(f"it has no weights in {path.name}/*.safetensors; other formats are not read")
+        raise StartError(f"it has no weights in {shown(path.name)}/*.safetensors; other formats are not read")
     if len(files) > WEIGHTS_FILES_MAX:
         raise StartError(f"its weights are in more than {WEIGHTS_FILES_MAX} files")
     shapes = _read_shapes(path, files)
@@ -121,19 +125,19 @@ def _opened(directory: Path, name: str) -> Iterator[tuple[BinaryIO, int]]:
     try:
         real = Path(os.path.realpath(directory / name, strict=True))
         if not real.is_relative_to(directory):
-            raise StartError(f"{name} is a link to a file outside of the adapter's directory")
+            raise StartError(f"{shown(name)} is a link to a file outside of the adapter's directory")
         # A pipe would block here, and a device might start to work.
         descriptor = os.open(real, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise StartError(f"{name} is no regular file")
+                raise StartError(f"{shown(name)} is no regular file")
             with os.fdopen(descriptor, "rb", closefd=False) as stream:
                 yield stream, status.st_size
         finally:
             os.close(descriptor)
     except OSError as problem:
-        raise StartError(f"{name} cannot be read: {problem.strerror}") from None
+        raise StartError(f"{shown(name)} cannot be read: {problem.strerror}") from None
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -171,7 +175,7 @@ def _check_targets(config: dict[str, Any], modules: frozenset[str]) -> None:
     foreign = sorted({target.rpartition(".")[2] for target in targets} - modules)
     if foreign:
         known = ", ".join(sorted(modules))
-        raise StartError(f"{CONFIG_FILE}: target_modules has {', '.join(foreign)}; this worker adapts {known}")
+        raise StartError(f"{CONFIG_FILE}: target_modules has {shown(', '.join(foreign))}; this worker adapts {known}")
 
 
 def _read_shapes(path: Path, files: Iterable[str]) -> dict[str, list[int]]:
@@ -182,7 +186,7 @@ def _read_shapes(path: Path, files: Iterable[str]) -> dict[str, list[int]]:
             total_bytes += size_bytes
             if total_bytes > WEIGHTS_BYTES_MAX:
                 raise StartError(f"its weights are larger than {WEIGHTS_BYTES_MAX} bytes")
-            shapes |= read_shapes(Path(name), stream, size_bytes)
+            shapes |= read_shapes(Path(shown(name)), stream, size_bytes, HEADER_BYTES_MAX)
     return shapes
 
 
@@ -205,7 +209,7 @@ def _check_shapes(shapes: dict[str, list[int]], model: dict[str, list[int]], ran
     for key, shape in shapes.items():
         part = _PART.fullmatch(key)
         if part is None:
-            raise StartError(f"its tensor {key} is no part of a LoRA adapter")
+            raise StartError(f"its tensor {shown(key)} is no part of a LoRA adapter")
         layer, side = part["layer"].removeprefix(_PREFIX), part["side"]
         layers.setdefault(layer, set()).add(side)
         weight = model.get(f"{layer}.weight")
@@ -213,7 +217,7 @@ def _check_shapes(shapes: dict[str, list[int]], model: dict[str, list[int]], ran
             continue
         expected = [rank, weight[-1]] if side == "A" else [weight[0], rank]
         if shape != expected:
-            raise StartError(f"its tensor {key} has the shape {shape}, this model needs {expected}")
+            raise StartError(f"its tensor {shown(key)} has the shape {shown(shape)}, this model needs {expected}")
     return layers
 
 
@@ -223,16 +227,17 @@ def _check_layers(layers: dict[str, set[str]], model: Iterable[str], modules: fr
     stored_modules = {layer.rpartition(".")[2] for layer in stored}
     for layer, sides in layers.items():
         parent, _, module = layer.rpartition(".")
+        its = f"its layer {shown(layer)}"
         if module not in modules or "experts" in parent.split("."):
-            raise StartError(f"its layer {layer} cannot be adapted; this worker adapts {', '.join(sorted(modules))}")
+            raise StartError(f"{its} cannot be adapted; this worker adapts {', '.join(sorted(modules))}")
         has_number = module in _OUTSIDE_LAYERS or _LAYER.search(layer) is not None
         if not has_number or (module in stored_modules and layer not in stored):
-            raise StartError(f"its layer {layer} is none of this model")
+            raise StartError(f"{its} is none of this model")
         if len(sides) != len("AB"):
-            raise StartError(f"its layer {layer} has only one of the two parts A and B")
+            raise StartError(f"{its} has only one of the two parts A and B")
         needed = _NEEDED.get(module)
         if needed is not None and f"{parent}.{needed}" not in layers:
-            raise StartError(f"its layer {layer} needs {needed} beside it: SGLang computes the two in one step")
+            raise StartError(f"{its} needs {needed} beside it: SGLang computes the two in one step")
 
 
 def _digest(path: Path, files: Iterable[str]) -> str:
@@ -242,7 +247,7 @@ def _digest(path: Path, files: Iterable[str]) -> str:
         with _opened(path, name) as (stream, size_bytes):
             if name in OTHER_FILES and size_bytes > CONFIG_BYTES_MAX:
                 raise StartError(f"{name} is larger than {CONFIG_BYTES_MAX} bytes")
-            digest.update(f"{name}\0{size_bytes}\0".encode())
+            digest.update(f"{name}\0{size_bytes}\0".encode("utf-8", "surrogateescape"))
             left = size_bytes
             while left > 0 and (chunk := stream.read(min(left, _CHUNK_BYTES))):
                 digest.update(chunk)
