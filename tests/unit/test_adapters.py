@@ -229,9 +229,13 @@ def test_a_layer_without_a_place_in_sglang_is_refused(layer: str, text: str, tmp
         read(path)
 
 
-def test_layers_of_a_model_whose_weights_have_other_names_must_have_a_number(tmp_path: Path) -> None:
+def test_layers_of_a_model_whose_weights_have_other_names_must_have_the_rank_and_a_number(tmp_path: Path) -> None:
     path = write_adapter(tmp_path / "story", tmp_path, 1)
     assert read_adapter("story", path, tmp_path, 16, MODULES).name == "story"
+    edited(r=4)(path)
+    with pytest.raises(StartError, match=r"has the shape \[8, 8\], which is not of rank 4"):
+        read_adapter("story", path, tmp_path, 16, MODULES)
+    edited(r=8)(path)
     _rename_layer(path / "adapter_model.safetensors", "model.layers.0.self_attn.q_proj", "visual.q_proj")
     with pytest.raises(StartError, match=r"visual\.q_proj is none of this model"):
         read_adapter("story", path, tmp_path, 16, MODULES)

@@ -51,9 +51,12 @@ _NEEDED = {
     "k_proj": "q_proj",
     "v_proj": "q_proj",
     "up_proj": "gate_proj",
+    "q_a_proj": "kv_a_proj_with_mqa",
     "kv_a_proj_with_mqa": "q_a_proj",
 }
-"""Modules that SGLang joins with others, and those without which it cannot: it fills up k, gate's up and kv_a alone."""
+"""Modules that SGLang joins with others, and those without which it cannot. It fills up k beside q and v, and up beside
+gate.
+"""
 _PART = re.compile(r"(?P<layer>.+)\.lora_(?P<side>[AB])(\.[A-Za-z0-9_-]+)?\.weight")
 
 
@@ -203,7 +206,7 @@ def _model_shapes(path: Path) -> dict[str, list[int]]:
 
 def _check_shapes(shapes: dict[str, list[int]], model: dict[str, list[int]], rank: int) -> dict[str, set[str]]:
     """Compare each part with the weight that it adapts. Layers that the model stores in another form, as a quantised
-    or fused one does, are not compared. Returns which of the parts A and B each layer has.
+    or fused one does, are only compared with the rank. Returns which of the parts A and B each layer has.
     """
     layers: dict[str, set[str]] = {}
     for key, shape in shapes.items():
@@ -214,6 +217,8 @@ def _check_shapes(shapes: dict[str, list[int]], model: dict[str, list[int]], ran
         layers.setdefault(layer, set()).add(side)
         weight = model.get(f"{layer}.weight")
         if weight is None:
+            if len(shape) != len("AB") or shape["AB".index(side)] != rank:
+                raise StartError(f"its tensor {shown(key)} has the shape {shown(shape)}, which is not of rank {rank}")
             continue
         expected = [rank, weight[-1]] if side == "A" else [weight[0], rank]
         if shape != expected:
