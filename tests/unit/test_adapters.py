@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from tandem_frontend.adapter_fleets import AdapterFleets
 from tandem_frontend.routing.adapter_view import AdapterView, without_adapters
 from tandem_frontend.routing.pools import Pools
+from tandem_registry.adapter_changes import AdapterChanges
 from tandem_registry.backends.consul.records import Record, check_fits, host_and_port, meta, record_of
 from tandem_registry.leases import Membership
 from tandem_registry.validation import checked_worker
 from tandem_registry.view import Change
 
+from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
 from tandem.clock import ManualClock
 from tandem.domain.adapter import ADAPTERS_MAX, Adapter, is_name, read_adapter
-from tandem.domain.worker import Worker
-from tandem.errors import IncompatibleWorkers, InvalidRequest, NoWorkers, StartError
+from tandem.domain.checkpoint import shown
+from tandem.domain.worker import EMBED, Worker, WorkerRole
+from tandem.errors import AdapterRefused, ConfigError, IncompatibleWorkers, InvalidRequest, NoWorkers, StartError
 from tandem.rpc.convert import worker_from_proto, worker_to_proto
 from tandem.testing.adapters import MODULES, write_adapter
 from tandem.worker.config import WorkerConfig
@@ -40,6 +46,27 @@ def having(worker: Worker, *adapters: Adapter) -> Worker:
 
 
 # --- Files
+
+
+def test_a_directory_and_files_that_are_links_within_it_are_read(tmp_path: Path) -> None:
+    one = read(write_adapter(tmp_path / "one", DEMO_MODEL, 1))
+    weights = tmp_path / "one" / WEIGHTS
+    (tmp_path / "one" / "blobs").mkdir()
+    weights.symlink_to(weights.rename(tmp_path / "one" / "blobs" / "x"))
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    assert read(tmp_path / "link") == one
+
+
+def test_a_value_that_has_no_text_can_be_shown() -> None:
+    assert shown(nested(100_000), repr) == shown(10**5000) == "a value that is too long or too deep"
+
+
+def test_weights_in_many_files_are_refused(tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "story", DEMO_MODEL, 1)
+    for number in range(8):
+        (path / f"{number}.safetensors").touch()
+    with pytest.raises(StartError, match="in more than 8 files"):
+        read(path)
 
 
 def test_the_digest_is_of_configuration_and_weights(tmp_path: Path) -> None:
@@ -70,13 +97,78 @@ def cut(path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
+def replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+    """A file of the adapter is another thing, which `make` makes."""
+
+    def replace_file(path: Path) -> None:
+        (path / name).unlink(missing_ok=True)
+        make(path / name)
+
+    return replace_file
+
+
+def with_header(text: str | bytes) -> Callable[[Path], None]:
+    """Weights with this header."""
+    header = text.encode() if isinstance(text, str) else text
+    return replaced(WEIGHTS, lambda file: file.write_bytes(len(header).to_bytes(8, "little") + header))
+
+
+def with_tensor(name: str, shape: str = "[8, 8]") -> Callable[[Path], None]:
+    return with_header(f'{{"{name}": {{"dtype": "F32", "shape": {shape}, "data_offsets": [0, 0]}}}}')
+
+
+def linked_out(path: Path) -> None:
+    file = path / "adapter_model.safetensors"
+    file.symlink_to(file.rename(path.parent / "elsewhere"))
+
+
+def nested(depth: int) -> list[Any]:
+    found: list[Any] = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
+LAYER = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
+        (replaced(CONFIG, os.mkfifo), "adapter_config.json is no regular file"),
+        (replaced(CONFIG, Path.mkdir), "adapter_config.json is no regular file"),
+        (
+            replaced(CONFIG, lambda file: file.symlink_to("/dev/zero")),
+            "adapter_config.json is a link to a file outside",
+        ),
+        (replaced(CONFIG, lambda file: file.symlink_to(file)), "adapter_config.json cannot be read: Too many levels"),
+        (replaced(CONFIG, lambda file: file.write_bytes(b" " * (2**20 + 1))), "config.json is larger than 1048576"),
+        (replaced(WEIGHTS, os.mkfifo), "adapter_model.safetensors is no regular file"),
+        (replaced("b.safetensors", os.mkfifo), "b.safetensors is no regular file"),
+        (replaced("added_tokens.json", os.mkfifo), "added_tokens.json is no regular file"),
+        (replaced("model.safetensors.index.json", os.mkfifo), "index.json is no regular file"),
+        (with_header(b" " * (2 * 2**20 + 1)), "model.safetensors has a header of 2097153 bytes, at most 2097152 are"),
+        (with_header("[" * 100_000), "adapter_model.safetensors is damaged: its header cannot be parsed"),
+        (with_tensor("x", "[1e400]"), "adapter_model.safetensors is damaged: its header cannot be parsed"),
+        (with_tensor("x" * 10_000), r"its tensor x{97}\.\.\. is no part of a LoRA adapter"),
+        (with_tensor(r"\ud800"), r"its tensor \\ud800 is no part of a LoRA adapter"),
+        (with_tensor("a" * 200 + ".q_proj.lora_A.weight"), r"its layer a{97}\.\.\. is none of this model"),
+        (with_tensor(LAYER, str([8] * 100)), r"has the shape \[(8, ){32}\.\.\., this model needs"),
+        (edited(r="9" * 1000), r"not '9{96}\.\.\.$"),
+        (edited(r=nested(100)), r"not \[{97}\.\.\.$"),
+        (edited(target_modules=["x" * 1000]), r"target_modules has x{97}\.\.\.; this"),
+        (linked_out, "adapter_model.safetensors is a link to a file outside of the adapter's directory"),
         (lambda path: (path / "adapter_config.json").unlink(), "it has no adapter_config.json"),
         (lambda path: (path / "adapter_config.json").write_text("{"), "adapter_config.json is damaged"),
         (edited(peft_type="IA3"), "peft_type must be LORA"),
         (edited(use_dora=True), "use_dora is not supported"),
+        (edited(use_rslora=True), "use_rslora is not supported"),
+        (edited(fan_in_fan_out=True), "fan_in_fan_out is not supported"),
+        (edited(alora_invocation_tokens=[1]), "alora_invocation_tokens is not supported"),
+        (edited(alpha_pattern={"q_proj": 64}), "alpha_pattern is not supported: .* the same lora_alpha"),
+        (edited(rank_pattern={"q_proj": 4}), "rank_pattern is not supported: .* the same r"),
+        (edited(rank_pattern=["q_proj"]), "rank_pattern is not supported"),
         (edited(r=17), r"r, the rank, must be 1 to 16 \(adapter_rank_max\), not 17"),
         (edited(r=4), r"its tensor .* has the shape \[8, \d+\], this model needs \[4, \d+\]"),
         (edited(target_modules="all"), "target_modules must be a list of names"),
@@ -93,6 +185,73 @@ def test_files_that_an_engine_could_not_use_are_refused(
     with pytest.raises(StartError, match=text) as refused:
         read(path)
     assert str(tmp_path) not in str(refused.value), "a caller learns no path of the machine"
+
+
+MLP = ("gate_proj", "up_proj", "down_proj")
+ALL_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", *MLP)
+
+
+@pytest.mark.parametrize(
+    ("modules", "text"),
+    [
+        (("v_proj",), r"layers\.0\.self_attn\.v_proj needs q_proj beside it"),
+        (("k_proj", "v_proj"), "[kv]_proj needs q_proj beside it"),
+        (("q_proj", "k_proj"), "q_proj needs v_proj beside it"),
+        (("up_proj", "down_proj"), "up_proj needs gate_proj beside it"),
+        (("q_proj", "v_proj"), None),
+        (("gate_proj", "o_proj"), None),
+        (ALL_MODULES, None),
+    ],
+)
+def test_modules_that_sglang_cannot_join_are_refused(modules: Sequence[str], text: str | None, tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "story", DEMO_MODEL, 1, modules=modules)
+    if text is None:
+        assert read_adapter("story", path, DEMO_MODEL, 16, ALL_MODULES).name == "story"
+        return
+    with pytest.raises(StartError, match=text):
+        read_adapter("story", path, DEMO_MODEL, 16, ALL_MODULES)
+
+
+@pytest.mark.parametrize(
+    ("layer", "text"),
+    [
+        ("model.layers.0.self_attn.x_proj", "x_proj cannot be adapted; this worker adapts q_proj, v_proj"),
+        ("model.layers.0.mlp.experts.3.q_proj", r"experts\.3\.q_proj cannot be adapted"),
+        ("model.layers.0.other.q_proj", r"other\.q_proj is none of this model"),
+        ("model.layers.99.self_attn.q_proj", r"99\.self_attn\.q_proj is none of this model"),
+        ("visual.q_proj", r"visual\.q_proj is none of this model"),
+    ],
+)
+def test_a_layer_without_a_place_in_sglang_is_refused(layer: str, text: str, tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "story", DEMO_MODEL, 1)
+    _rename_layer(path / "adapter_model.safetensors", "model.layers.0.self_attn.q_proj", layer)
+    with pytest.raises(StartError, match=text):
+        read(path)
+
+
+def test_layers_of_a_model_whose_weights_have_other_names_must_have_the_rank_and_a_number(tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "story", tmp_path, 1)
+    assert read_adapter("story", path, tmp_path, 16, MODULES).name == "story"
+    edited(r=4)(path)
+    with pytest.raises(StartError, match=r"has the shape \[8, 8\], which is not of rank 4"):
+        read_adapter("story", path, tmp_path, 16, MODULES)
+    edited(r=8)(path)
+    _rename_layer(path / "adapter_model.safetensors", "model.layers.0.self_attn.q_proj", "visual.q_proj")
+    with pytest.raises(StartError, match=r"visual\.q_proj is none of this model"):
+        read_adapter("story", path, tmp_path, 16, MODULES)
+
+
+def _rename_layer(file: Path, old: str, new: str) -> None:
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].replace(f".{old}.".encode(), f".{new}.".encode())
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+
+
+def test_settings_that_change_nothing_are_accepted(tmp_path: Path) -> None:
+    path = write_adapter(tmp_path / "story", DEMO_MODEL, 1)
+    edited(use_rslora=False, fan_in_fan_out=False, alpha_pattern={"q_proj": 16}, rank_pattern={}, use_qalora=None)(path)
+    assert read(path).name == "story"
 
 
 def test_an_adapter_of_another_models_size_is_refused(tmp_path: Path) -> None:
@@ -120,7 +279,26 @@ def test_settings_name_each_adapter_and_its_directory() -> None:
             WorkerConfig(**given, adapters=text)
 
 
+def test_a_worker_that_embeds_has_no_adapters() -> None:
+    config = WorkerConfig(registry="127.0.0.1:1", model="m", adapters="a=x", task="embed")
+    with pytest.raises(ConfigError, match="adapters: must be empty with task embed"):
+        config.engine_settings(WorkerRole.AGGREGATED)
+
+
 # --- Membership
+
+
+def test_a_load_for_a_model_that_embeds_is_refused_before_any_worker_is_asked() -> None:
+    worker = aggregated("a", task=EMBED)
+
+    async def view() -> Any:
+        return SimpleNamespace(workers=[SimpleNamespace(member=worker)])
+
+    backend: Any = SimpleNamespace(origin=SimpleNamespace(is_live=True), view=view)
+    changes = AdapterChanges(backend, cast("Any", None))
+    with pytest.raises(AdapterRefused, match=f"model {worker.capabilities.model} has task embed") as refused:
+        asyncio.run(changes.load(registry_pb.LoadAdapterRequest(name="story", path="story")))
+    assert refused.value.metadata["adapter"] == "story"
 
 
 def test_a_keep_alive_changes_the_adapters_in_the_same_epoch() -> None:

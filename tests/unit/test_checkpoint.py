@@ -56,7 +56,7 @@ def test_a_name_of_a_hub_is_answered_with_the_command_that_downloads_it() -> Non
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
-@pytest.mark.parametrize("content", [None, "{", "[]", b"\xff\xfe\x00"])
+@pytest.mark.parametrize("content", [None, "{", "[]", b"\xff\xfe\x00", "[" * 100_000])
 def test_missing_or_unreadable_json(model: Path, name: str, content: str | bytes | None) -> None:
     if content is None:
         (model / name).unlink()

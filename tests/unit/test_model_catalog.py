@@ -24,7 +24,7 @@ from tandem_frontend.preparation.served_model import ServedModel
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.domain.adapter import Adapter
 from tandem.domain.worker import Worker
-from tandem.errors import InvalidRequest, ModelNotFound, NoWorkers, ServiceError, StartError, TandemError
+from tandem.errors import InvalidRequest, ModelNotFound, NotSupported, NoWorkers, ServiceError, StartError, TandemError
 from tandem.testing.virtual_time import run_virtually
 from tests.unit.support.frontend_workers import decode, prefill
 
@@ -100,7 +100,9 @@ class Stage:
         digest = workers[0].capabilities.tokenizer_digest if workers else "t"
         tokenizer = SimpleNamespace(digest=digest, chat_template=None, context_tokens_max=64)
         admission = Admission(self.requests, Unlimited(), asyncio.get_running_loop().time, model=name)
-        pipeline = ModelPipeline(ServedModel(name, cast("Any", tokenizer), {}), cast("Any", self), lambda: ())
+        pipeline = ModelPipeline(
+            ServedModel(name, cast("Any", tokenizer), {}), cast("Any", self), lambda: (), None, cast("Any", self)
+        )
         try:
             fleets = AdapterFleets(lambda view: cast("Any", Unrouted()))
             fleets.follow(tuple(workers))
@@ -445,6 +447,36 @@ def test_an_adapter_is_found_by_its_name_and_its_alias_once_its_model_is_loaded(
         assert stage.unknown_count == 2
 
     staged(live, rules=NamingRules(aliases={"nickname": "story"}))
+
+
+def test_an_adapter_has_not_the_embeddings_of_its_model() -> None:
+    async def live(stage: Stage) -> None:
+        stage.catalog.follow(with_story("a"))
+        assert (await stage.catalog.find("a")).embedding() is cast("Any", stage)
+        adapter = await stage.catalog.find("story")
+        with pytest.raises(NotSupported, match="story is an adapter, and adapters compute no embeddings"):
+            adapter.embedding()
+
+    staged(live)
+
+
+def test_an_alias_comes_before_an_adapter_of_its_name(caplog: pytest.LogCaptureFixture) -> None:
+    async def live(stage: Stage) -> None:
+        for _ in range(2):
+            stage.catalog.follow(with_story("a"))
+        assert await stage.found("story") == "a"
+        (listed,) = stage.catalog.listed()
+        assert (listed.name, [*listed.aliases]) == ("a", ["story"])
+
+    staged(live, rules=NamingRules(aliases={"story": "a"}))
+    logged = [record.getMessage() for record in caplog.records if "alias" in record.getMessage()]
+    assert logged == ["adapter story cannot be requested here: its name is an alias of a"]
+
+    async def of_itself(stage: Stage) -> None:
+        stage.catalog.follow(with_story("a"))
+        assert await stage.found("story") == "story"
+
+    staged(of_itself, rules=NamingRules(aliases={"story": "story"}))
 
 
 def test_a_model_comes_before_an_adapter_of_its_name() -> None:

@@ -66,8 +66,7 @@ class InferenceServicer(pb_grpc.InferenceServiceServicer):
     async def Embed(self, request: pb.EmbedRequest, context: Any) -> pb.EmbedResponse:  # noqa: N802
         """Embeddings of all inputs; cancelled when the client cancels."""
         found = await self._models.find(present(request, "model", request.model))
-        assert found.embeddings is not None, "a model that is opened has them"
-        return await found.embeddings.embed(request, self._caller_of(context, EMBEDDINGS), context)
+        return await found.embedding().embed(request, self._caller_of(context, EMBEDDINGS), context)
 
     @contextlib.contextmanager
     def _charged(self, generation: Generation, context: Any) -> Iterator[Caller]:

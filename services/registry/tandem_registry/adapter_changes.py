@@ -55,7 +55,8 @@ class AdapterChanges:
         Raises:
             InvalidRequest: a field is wrong, or the name belongs to a model or to an adapter of another one.
             ModelNotFound: no serving worker has the model.
-            AdapterRefused: a worker refused, has other weights, or cannot be reached; the others are as before.
+            AdapterRefused: the model computes embeddings; or a worker refused, has other weights, or cannot be
+                reached, and the others are as before.
         """
         _check_name(request.name)
         if request.HasField("model") and not 1 <= len(request.model) <= MODEL_NAME_CHARS_MAX:
@@ -153,7 +154,14 @@ class AdapterChanges:
         for worker in serving:
             if worker.capabilities.model != model and named(worker.adapters, request.name) is not None:
                 raise InvalidRequest("name", f"{request.name} is an adapter of model {worker.capabilities.model}")
-        return [worker for worker in serving if worker.capabilities.model == model]
+        workers = [worker for worker in serving if worker.capabilities.model == model]
+        embedding = next((worker for worker in workers if worker.capabilities.embeds), None)
+        if embedding is not None:
+            task = embedding.capabilities.task
+            raise AdapterRefused(
+                f"model {model} has task {task}: its vectors would not be the adapter's", adapter=request.name
+            )
+        return workers
 
 
 async def _at_all(workers: Sequence[Worker], call: Callable[[Worker], Awaitable[Loaded | None]]) -> list[_AtWorker]:

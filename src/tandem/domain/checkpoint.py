@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,6 +31,8 @@ WHOLE_FILE_BYTES_MAX = 64 * 2**20
 SAMPLE_COUNT = 16
 SAMPLE_BYTES = 64 * 2**10
 HEADER_BYTES_MAX = 100 * 2**20
+SHOWN_CHARS_MAX = 100
+"""Of a name or a value of a file, in a message."""
 EMBEDDING_NAME = "model.embed_tokens.weight"
 SCORING = ("SequenceClassification", "RewardModel")
 """Words in the names of architectures whose output is a score."""
@@ -181,7 +184,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise StartError(f"{file} is missing", path=str(file)) from None
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, RecursionError) as problem:
         raise StartError(f"{file} cannot be read as JSON: {problem}", path=str(file)) from None
     if not isinstance(value, dict):
         raise StartError(f"{file} is not a JSON object", path=str(file))
@@ -276,25 +279,46 @@ def _check_embedding_fits(rows_by_file: dict[Path, int], vocabulary_size: int) -
         )
 
 
-def read_shapes(file: Path, stream: BinaryIO, size_bytes: int) -> dict[str, list[int]]:
+def shown(value: object, to_text: Callable[[object], str] = str) -> str:
+    """A name or a value of a file as a message may have it: at most SHOWN_CHARS_MAX characters that can be sent."""
+    try:
+        text = to_text(value)
+    except (ValueError, RecursionError):
+        text = "a value that is too long or too deep"
+    # JSON and names of files may have halves of surrogate pairs, which are not UTF-8.
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= SHOWN_CHARS_MAX else text[: SHOWN_CHARS_MAX - 3] + "..."
+
+
+def read_shapes(
+    file: Path, stream: BinaryIO, size_bytes: int, header_bytes_max: int = HEADER_BYTES_MAX
+) -> dict[str, list[int]]:
     """Shape of each tensor by name, after checking that the file is as long as its header requires.
 
-    The format: 8 bytes little-endian header length, a JSON header with offsets, then the tensors without gaps.
+    The format: 8 bytes little-endian header length, a JSON header with offsets, then the tensors without gaps. No other
+    thread runs while the header is parsed.
+
+    Raises:
+        StartError: the file is damaged, or its header is longer than `header_bytes_max`.
     """
     header_bytes = int.from_bytes(stream.read(8), "little")
-    if header_bytes > min(HEADER_BYTES_MAX, size_bytes - 8):
+    if header_bytes > size_bytes - 8:
         raise StartError(f"{file} is damaged: its header is longer than the file", path=str(file))
+    if header_bytes > header_bytes_max:
+        raise StartError(
+            f"{file} has a header of {header_bytes} bytes, at most {header_bytes_max} are read", path=str(file)
+        )
     try:
         header = json.loads(stream.read(header_bytes))
         tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
         ends = [tensor["data_offsets"][1] for tensor in tensors.values()]
         shapes = {name: [int(length) for length in tensor["shape"]] for name, tensor in tensors.items()}
         expected_bytes = 8 + header_bytes + max(ends, default=0)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError):
         raise StartError(f"{file} is damaged: its header cannot be parsed", path=str(file)) from None
     if expected_bytes != size_bytes:
         raise StartError(
-            f"{file} is truncated or damaged: it has {size_bytes} bytes, its header requires {expected_bytes}",
+            f"{file} is truncated or damaged: it has {size_bytes} bytes, its header requires {shown(expected_bytes)}",
             path=str(file),
         )
     return shapes

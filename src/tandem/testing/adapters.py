@@ -20,7 +20,8 @@ def write_adapter(
 ) -> Path:
     """Write an adapter of all layers of a model that have one of these names. The same seed gives the same bytes.
 
-    A model directory without weights that name such layers, as `fake_model` writes, gives it one layer of 8 by 8.
+    A model directory without weights that name such layers, as `fake_model` writes, gives it one layer whose modules
+    are 8 by 8.
     """
     directory.mkdir(parents=True, exist_ok=True)
     weights = {
@@ -28,7 +29,7 @@ def write_adapter(
         for file in sorted(model.glob("*.safetensors"))
         for key, shape in _shapes(file).items()
         if any(key.endswith(f".{module}.weight") for module in modules)
-    } or {f"model.layers.0.self_attn.{modules[0]}": [8, 8]}
+    } or {f"model.layers.0.self_attn.{module}": [8, 8] for module in modules}
     tensors: dict[str, list[int]] = {}
     for layer, (out_size, in_size) in sorted(weights.items()):
         tensors[f"base_model.model.{layer}.lora_A.weight"] = [rank, in_size]

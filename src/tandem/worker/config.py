@@ -274,6 +274,8 @@ class WorkerConfig(AdminConfig):
         """
         if self.task == EMBED and role is not WorkerRole.AGGREGATED:
             raise ConfigError("task", f"embed needs the role aggregated, not {role.value}: there is no KV to hand over")
+        if self.task == EMBED and self.adapters:
+            raise ConfigError("adapters", "must be empty with task embed: requests for embeddings use no adapter")
         return EngineSettings(
             role=role,
             model_path=self.model,

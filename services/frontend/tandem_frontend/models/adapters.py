@@ -42,7 +42,9 @@ class AdapterPipelines:
     def _made(self, name: str, fleet: AdapterFleet) -> ModelPipeline:
         model = replace(self._base.model, name=name, parent=self._base.model.name)
         generation = self._base.generation.with_routes(model, fleet.execution)
-        return replace(self._base, model=model, generation=generation, workers=lambda: fleet.view.workers)
+        return replace(
+            self._base, model=model, generation=generation, workers=lambda: fleet.view.workers, embeddings=None
+        )
 
     def _listed(self, fleet: AdapterFleet) -> pb.Model:
         view, routes = fleet.view, fleet.execution.routes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -107,7 +107,9 @@ class ModelCatalog:
         """Names of those that were refused because there are so many, in order."""
         self._view: dict[str, tuple[Worker, ...]] = {}
         self._bases: dict[str, str] = {}
-        """Names of models by those of their adapters in the view."""
+        """Names of models by those of their adapters in the view that requests can name."""
+        self._hidden: set[str] = set()
+        """Names of adapters that are aliases here."""
         self._is_closed = False
 
     @property
@@ -139,19 +141,32 @@ class ModelCatalog:
         for worker in workers:
             view.setdefault(worker.capabilities.model, []).append(worker)
         self._view = {name: tuple(its) for name, its in view.items()}
+        self._bases = self._adapters_of(view)
+        for entry in [*self._entries.values()]:
+            if not entry.is_own:
+                self._compare(entry, self._view.get(entry.name, ()))
+        self._load_missing()
+        self._tell()
+
+    def _adapters_of(self, view: Mapping[str, Sequence[Worker]]) -> dict[str, str]:
+        """The model of each adapter that requests can name. Models come first, then aliases: a load at run time must
+        not take over a name that this frontend's settings have given a meaning.
+        """
         # Of two models with an adapter of one name, the first by name has it.
-        self._bases = {
+        bases = {
             adapter.name: name
             for name in sorted(view, reverse=True)
             for worker in view[name]
             for adapter in worker.adapters
             if adapter.name not in view
         }
-        for entry in [*self._entries.values()]:
-            if not entry.is_own:
-                self._compare(entry, self._view.get(entry.name, ()))
-        self._load_missing()
-        self._tell()
+        hidden = {name for name in bases if self._rules.aliases.get(name, name) != name}
+        for name in sorted(hidden - self._hidden):
+            log.warning(
+                "adapter %s cannot be requested here: its name is an alias of %s", name, self._rules.aliases[name]
+            )
+        self._hidden = hidden
+        return {name: base for name, base in bases.items() if name not in hidden}
 
     async def wait_settled(self) -> None:
         """Return when no model of the present view is being loaded, or after START_WAIT_S: others must not wait for a
@@ -191,7 +206,7 @@ class ModelCatalog:
         raise ModelNotFound(f"model {entry.name!r} is not served by this frontend: {why}", model=name or entry.name)
 
     async def _find_adapter(self, name: str | None) -> ModelPipeline | None:
-        """The pipeline of the adapter of that name or alias; None: it names no adapter. A model comes first."""
+        """The pipeline of the adapter of that name or alias; None: it names no adapter. See `_adapters_of`."""
         if name is None or name in self._entries:
             return None
         base = self._bases.get(name)

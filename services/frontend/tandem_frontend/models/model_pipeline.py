@@ -8,6 +8,7 @@ from typing import Protocol
 
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.domain.worker import Worker
+from tandem.errors import NotSupported
 from tandem.output_parsers import Parsers
 from tandem_frontend.call_context import Caller
 from tandem_frontend.embedding import Embeddings
@@ -26,7 +27,17 @@ class ModelPipeline:
     parsers: Parsers | None = None
     """None: neither its tool calls nor its reasoning are parsed."""
     embeddings: Embeddings | None = None
-    """None: only in tests of other endpoints."""
+    """None: of an adapter, whose base's vectors are not its own; and in tests of other endpoints."""
+
+    def embedding(self) -> Embeddings:
+        """Its embeddings.
+
+        Raises:
+            NotSupported: it is an adapter.
+        """
+        if self.embeddings is None:
+            raise NotSupported(f"{self.model.name} is an adapter, and adapters compute no embeddings", field="model")
+        return self.embeddings
 
 
 class Models(Protocol):

@@ -115,8 +115,7 @@ class OpenAiServicer(pb_grpc.OpenAiServiceServicer):
         caller = self._caller_of(context, OPERATION)
         body = await self._bodies.parse(EmbeddingsRequest, request.data, caller.fairness_id)
         found = await self._models.find(body.model)
-        assert found.embeddings is not None, "a model that is opened has them"
-        return await embeddings.handle(body, found.embeddings, caller, context)
+        return await embeddings.handle(body, found.embedding(), caller, context)
 
     async def ListModels(self, request: pb.OpenAiServiceListModelsRequest, context: Any) -> httpbody_pb2.HttpBody:  # noqa: N802
         """The models that live workers serve, and their aliases."""
