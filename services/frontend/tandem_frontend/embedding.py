@@ -101,15 +101,18 @@ class Embeddings:
     async def _run(self, wanted: CheckedEmbed, caller: Caller, first: Record) -> tuple[list[pb.Embedding], int]:
         """All embeddings, in order, and the tokens that were in prefix caches."""
         numbers, found = iter(range(len(wanted.inputs))), dict[int, tuple[pb.Embedding, int]]()
+        weights: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
         async def work() -> None:
             for number in numbers:
                 if number == 0:
-                    found[number] = await self._one(wanted, number, caller, first)
+                    found[number] = await self._one(wanted, number, caller, first, weights)
                     continue
+                # Vectors of different weights cannot be compared: the worker that accepts the first input fixes them.
+                await asyncio.wait((weights,))
                 trace = self._trace(input_id(first.trace.request_id, number), caller)
                 with self._traces.following(trace):
-                    found[number] = await self._one(wanted, number, caller, self._recorded(trace, caller))
+                    found[number] = await self._one(wanted, number, caller, self._recorded(trace, caller), weights)
 
         if len(wanted.inputs) == 1:
             await work()
@@ -125,8 +128,13 @@ class Embeddings:
         ordered = [found[number] for number in range(len(wanted.inputs))]
         return [embedding for embedding, _ in ordered], sum(cached for _, cached in ordered)
 
-    async def _one(self, wanted: CheckedEmbed, number: int, caller: Caller, record: Record) -> tuple[pb.Embedding, int]:
-        """The embedding of one input, and how many of its tokens were in a prefix cache."""
+    async def _one(
+        self, wanted: CheckedEmbed, number: int, caller: Caller, record: Record, weights: asyncio.Future[str]
+    ) -> tuple[pb.Embedding, int]:
+        """The embedding of one input, and how many of its tokens were in a prefix cache.
+
+        `weights`: of the call's first input, which sets them.
+        """
         given = wanted.inputs[number]
         count = len(given.token_ids)
         record.trace.prompt_tokens = count
@@ -141,10 +149,13 @@ class Embeddings:
         leg = self._leg(wanted, number, record.trace.request_id)
         async with self._admission.slot(queued) as prefill:
             record.step("wait")
-            about = RoutingRequest(count, session=caller.session, tenant=caller.tenant)
+            digest = weights.result() if weights.done() else ""
+            about = RoutingRequest(count, session=caller.session, tenant=caller.tenant, model_digest=digest)
             with naming_the_prompt(given.field):
                 legs = self._attempts.accepted(leg, NoTokens(), caller.left_s(), record, prefill, about)
                 async with legs as stream:
+                    if number == 0 and len(wanted.inputs) > 1:
+                        weights.set_result(stream.hold_weights())
                     await stream.run()
                     finish, worker = stream.finish(), stream.attempt.route.decode
         if finish is None or not finish.embedding:
