@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from tandem_frontend.admin.stats import RequestStats
 from tandem_frontend.admission.prefill_backlog import PrefillBacklog
 from tandem_frontend.call_context import Caller
 from tandem_frontend.embedding import Embeddings
@@ -18,7 +19,7 @@ from tandem_frontend.preparation.served_model import ServedModel
 from tandem.api.frontend.v1 import inference_service_pb2 as pb
 from tandem.domain.worker import Worker
 from tandem.errors import Draining, LegFailed, NoWorkers, TandemError
-from tandem.observability.request_trace import RequestTrace
+from tandem.observability.request_trace import FAILED, FINISHED, RequestTrace
 from tandem.observability.trace_store import TraceStore
 from tests.unit.support.scripted_legs import ScriptedLeg, accepted, fail
 from tests.unit.test_embeddings import VECTOR, embedder, ends_with
@@ -116,3 +117,32 @@ async def test_embeddings_call_whose_weights_no_worker_has_any_more_names_them()
         await calls.embed(8)
     assert problem.value.metadata["model_digest"] == digest
     assert calls.sent == ["old-0"]
+
+
+async def test_embeddings_call_of_many_inputs_is_one_request_and_one_trace() -> None:
+    calls = Calls("old-0", "old-1")
+    stats, caller = RequestStats(calls.traces), Caller()
+    parts: list[RequestTrace] = []
+    calls.traces.part_sinks.append(parts.append)
+    for _ in range(2):
+        await calls.embed(300, caller)
+    assert calls.open_max == 1
+    first, last = calls.traces.closed
+    assert first.request_id != last.request_id
+    assert [(one.outcome, one.prompt_tokens, len(one.attempts)) for one in (first, last)] == [(FINISHED, 600, 1)] * 2
+    assert stats.outcomes == {FINISHED: 2}
+    assert len({trace.request_id for trace in parts}) == 598
+    assert sum(len(trace.attempts) for trace in parts) == 598, "metrics count the attempts of all inputs"
+    assert caller.usage.summed().prompt_tokens == 1_200
+
+
+async def test_embeddings_input_that_fails_fails_its_call_and_counts_at_its_worker() -> None:
+    calls = Calls("old-0")
+    stats, caller = RequestStats(calls.traces), Caller()
+    calls.on_send = lambda: setattr(calls, "first_answer", LegFailed("died") if len(calls.sent) > 3 else None)
+    with pytest.raises(LegFailed):
+        await calls.embed(40, caller)
+    assert stats.outcomes == {FAILED: 1}
+    assert stats.leg_failures[("old-0", "LEG_FAILED")] >= 1
+    assert caller.usage.summed().outcome == FAILED
+    assert 0 < caller.usage.summed().prompt_tokens < 80, "what was dispatched"
