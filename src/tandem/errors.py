@@ -186,7 +186,9 @@ class ServiceError(TandemError):
 
 
 class NoWorkers(ServiceError):
-    """No live worker of a required role. Metadata: `role`; `waited_s` if the request has waited for one."""
+    """No live worker of a required role. Metadata: `role`; `waited_s` if the request has waited for one; `model_digest`
+    if there are only workers with other weights than those that a call of several inputs began with.
+    """
 
     reason = "NO_WORKERS"
 

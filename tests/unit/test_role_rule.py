@@ -199,6 +199,44 @@ def test_a_change_by_someone_else_starts_the_pauses_too() -> None:
         assert tested.decide(busy.observe()).start is None
 
 
+def test_rule_worker_that_keeps_crashing_into_its_first_role_lengthens_no_pause() -> None:
+    tested, busy = rule(), fleet(prefill=3, decode=4, busy=1.0)
+    for _ in range(5):
+        busy.take(decision := decided(tested, busy, 200))
+        assert (decision.role, decision.start) == (PREFILL, ("decode-0", busy.epochs["decode-0"] - 1))
+        decided(tested, busy, 1)
+        # Its process dies, and starts as its settings say.
+        busy.roles["decode-0"], busy.epochs["decode-0"] = DECODE, busy.epochs["decode-0"] + 1
+        decided(tested, busy, 1)
+    busy.take(decided(tested, busy, 200))
+    busy.busy, busy.streams, begin_s = 0.1, PLACES, busy.at_s
+    assert decided(tested, busy, 2_000).role is DECODE
+    assert 120 <= busy.at_s - begin_s < 150, "the pause of a first reversal"
+
+
+def test_rule_pause_of_many_reversals_by_an_operator_is_bounded() -> None:
+    tested, busy = rule(), fleet(prefill=3, decode=3)
+    for number in range(40):
+        for role in (PREFILL, DECODE):
+            busy.roles[f"new-{number}-{role.value}"] = DECODE if role is PREFILL else PREFILL
+            decided(tested, busy, 1)
+            busy.roles[f"new-{number}-{role.value}"] = role
+            decided(tested, busy, 1)
+    busy.roles = {f"{role.value}-{n}": role for role in (PREFILL, DECODE) for n in range(3)}
+    busy.busy, begin_s = 1.0, busy.at_s
+    assert decided(tested, busy, 4_000).role is PREFILL
+    assert 1_900 <= busy.at_s - begin_s < 1_960
+
+
+def test_rule_change_to_aggregated_settles_and_is_no_direction() -> None:
+    tested, busy = rule(), fleet(prefill=3, decode=4, busy=1.0)
+    decided(tested, busy, 1)
+    busy.roles["prefill-2"] = AGGREGATED
+    begin_s = busy.at_s
+    assert decided(tested, busy, 60).role is PREFILL
+    assert 3 <= busy.at_s - begin_s < 60, "it settles, and is no reversal"
+
+
 def test_a_worker_that_refused_is_passed_over() -> None:
     tested, busy = rule(), fleet(busy=1.0)
     first = decided(tested, busy)

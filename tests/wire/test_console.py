@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import json
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import aiohttp
 import pytest
+import uvloop
 from tandem_frontend.app import FrontendApp
 from tandem_frontend.config import FrontendConfig
 from tandem_frontend.console import connections, server
@@ -283,6 +284,53 @@ async def test_console_at_its_limit_closes_the_connection_that_waits_longest(
         assert not page.at_eof()
         assert await opened(asks=True)
         assert await is_closed(page)
+
+
+async def opened_at_once(port: int, count: int, context: ssl.SSLContext | None = None) -> list[asyncio.Task[bytes]]:
+    """So many connections that say nothing more; each of these ends once the console has closed it."""
+
+    async def one() -> bytes:
+        reader = asyncio.StreamReader()
+        with contextlib.suppress(OSError):
+            host = {"server_hostname": "localhost"} if context else {}
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, **host)
+            with contextlib.closing(writer):
+                return await reader.read()
+        return b""
+
+    return [asyncio.create_task(one()) for _ in range(count)]
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+@pytest.mark.parametrize("kind", ["plaintext", "unfinished handshakes", "handshakes"])
+def test_console_flooded_with_connections_holds_no_more_than_its_limit_and_serves_an_operator(
+    loop: Callable[[], asyncio.AbstractEventLoop],
+    kind: str,
+    keys: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connections, "CONNECTIONS_MAX", 8)
+    # No handshake ends by itself.
+    monkeypatch.setattr(connections, "HANDSHAKE_S", 300.0)
+    issue_all(tmp_path / "certs")
+    tls = None if kind == "plaintext" else Tls.in_directory(tmp_path / "certs", "frontend")
+    context = None if tls is None else ssl.create_default_context(cafile=str(tls.ca))
+
+    async def flood() -> None:
+        tested = Console(ConsoleKeys(keys), cast("Any", QuietFeed()), cast("Any", None), tls)
+        async with tested.listening("127.0.0.1", 0) as port:
+            many = await opened_at_once(port, 60, context if kind == "handshakes" else None)
+            await assert_eventually(lambda: sum(not one.done() for one in many), lambda left: left == 8, within_s=30)
+            url = f"{'https' if tls else 'http'}://localhost:{port}/none"
+            async with aiohttp.ClientSession() as session, session.get(url, ssl=context or True) as response:
+                assert response.status == 404
+            for one in many:
+                one.cancel()
+            await asyncio.wait(many)
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(flood())
 
 
 class QuietFeed:

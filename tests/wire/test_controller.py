@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import replace
@@ -189,8 +190,15 @@ async def test_a_frontend_without_figures_keeps_the_roles(fleet: ScriptedFleet) 
     assert not fleet.asked
 
 
+def test_election_names_of_different_models_differ_and_are_valid() -> None:
+    models = ["org/m", "org-m", "org m", "n" * 200, "n" * 199 + "o", ""]
+    names = {election_of(model) for model in models}
+    assert len(names) == len(models)
+    assert all(re.fullmatch("[A-Za-z0-9._-]{1,128}", name) for name in names)
+
+
 async def test_one_of_two_acts_and_the_other_one_follows_at_once(fleet: ScriptedFleet) -> None:
-    async with controller(fleet) as first, controller(fleet, dry_run=True) as second:
+    async with controller(fleet) as first, controller(fleet, model="tiny", dry_run=True) as second:
         apps = [first, second]
 
         async def leaders() -> list[float]:
@@ -204,6 +212,6 @@ async def test_one_of_two_acts_and_the_other_one_follows_at_once(fleet: Scripted
             return await counted(other, "tandem_controller_leader")
 
         await assert_eventually(leads, lambda value: value == 1, within_s=WITHIN_S, what="the other one leads")
-        present = await fleet.registry._backend.leader(election_of(None))
+        present = await fleet.registry._backend.leader(election_of("tiny"))
         assert present is not None
         assert present.leader_id == other._leadership.candidate_id

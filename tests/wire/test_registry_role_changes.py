@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 from tandem_registry.app import RegistryApp
 from tandem_registry.backends.port import Backend
-from tandem_registry.role_changes import RoleChanges
+from tandem_registry.role_changes import UNCONFIRMED_S, RoleChanges
 from tandem_registry.view import Health, Listed, Origin, View
 
 from tandem.api.registry.v1 import registry_service_pb2 as registry_pb
@@ -23,6 +23,7 @@ from tandem.api.types.v1 import role_change_pb2, worker_pb2
 from tandem.api.worker.v1 import worker_service_pb2 as pb
 from tandem.api.worker.v1 import worker_service_pb2_grpc as pb_grpc
 from tandem.client.role_calls import Leading, campaign, change_role
+from tandem.clock import ManualClock
 from tandem.domain.worker import Worker, WorkerRole, WorkerState
 from tandem.errors import (
     InvalidRequest,
@@ -36,6 +37,7 @@ from tandem.errors import (
 from tandem.rpc.channels import Channels, open_channel
 from tandem.rpc.convert import worker_to_proto
 from tandem.rpc.server import RpcServer
+from tandem.testing.eventually import assert_eventually
 from tests.wire.support.registry_host import consul_settings, make_worker, serve_registry
 
 PREFILL, DECODE = WorkerRole.PREFILL, WorkerRole.DECODE
@@ -199,6 +201,36 @@ async def test_a_worker_that_cannot_be_reached_is_an_error_and_stays(played: Pla
     ]
     assert steps[-1].stage == DONE
     await channels.close()
+
+
+async def test_role_changes_caller_that_leaves_before_the_first_step_keeps_the_worker_for_a_while_only(
+    played: PlayedWorker,
+) -> None:
+    class Silent(PlayedWorker):
+        async def ChangeRole(self, request: Any, context: Any) -> AsyncIterator[Any]:  # noqa: N802
+            self.asked.append(request)
+            await asyncio.Event().wait()
+            yield
+
+    silent, clock, channels = Silent(), ManualClock(100.0), Channels()
+    server = RpcServer([(SERVICE_NAME, partial(pb_grpc.add_WorkerServiceServicer_to_server, silent))])
+    await server.start("127.0.0.1", 0)
+    workers = [make_worker("decode-0", 1, f"127.0.0.1:{server.port}"), make_worker("decode-1", 1, played.address)]
+    changes = RoleChanges(scripted_backend(workers), channels, clock)
+    leaver = asyncio.create_task(
+        anext(changes.change(registry_pb.ChangeRoleRequest(worker_id="decode-0", role=TO_PREFILL)))
+    )
+    await assert_eventually(lambda: len(silent.asked), lambda count: count == 1, within_s=20)
+    leaver.cancel()
+    await asyncio.wait((leaver,))
+    other = registry_pb.ChangeRoleRequest(worker_id="decode-1", role=TO_PREFILL)
+    clock.advance(UNCONFIRMED_S / 2)
+    with pytest.raises(RoleChangeRefused, match="no other decode worker"):
+        await anext(changes.change(other))
+    clock.advance(UNCONFIRMED_S)
+    assert [step.stage async for step in changes.change(other)] == [DRAINING, DONE]
+    await channels.close()
+    await server.stop(0)
 
 
 async def test_a_view_that_is_not_live_allows_no_change_even_if_forced(played: PlayedWorker) -> None:

@@ -157,7 +157,9 @@ class FrontendApp:
             )  # fmt: skip
             if metrics.is_on:
                 metrics.measure(_gauges(server, requests, catalog))
-                traces.sinks.append(RequestMetrics(metrics))
+                recorded = RequestMetrics(metrics)
+                traces.sinks.append(recorded)
+                traces.part_sinks.append(recorded.part)
             await stack.enter_async_context(fleet.connected())
             stack.push_async_callback(catalog.close)
             if own is not None:

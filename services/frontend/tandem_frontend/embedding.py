@@ -60,8 +60,8 @@ class Embeddings:
         traces: TraceStore[RequestTrace] | None = None,
         tenancy: Tenancy | None = None,
     ) -> None:
-        """`workers` are those of the model in the registry's view. `traces` records each input, and `tenancy` counts
-        by tenant; None: neither is done.
+        """`workers` are those of the model in the registry's view. `traces` records each call with its first input, and
+        `tenancy` counts by tenant; None: neither is done.
         """
         self._model = model
         self._admission = admission
@@ -95,21 +95,28 @@ class Embeddings:
                 record.step("tokenise")
                 self._tenancy.quotas.spend(caller.tenant, caller.quota, wanted.prompt_tokens)
                 embeddings, cached_tokens = await self._run(wanted, caller, record)
+                trace.finish("stop", wanted.prompt_tokens, 0, cached_tokens)
         usage = generation_pb2.Usage(prompt_tokens=wanted.prompt_tokens, cached_tokens=cached_tokens)
         return pb.EmbedResponse(request_id=trace.request_id, model=self._model.name, embeddings=embeddings, usage=usage)
 
     async def _run(self, wanted: CheckedEmbed, caller: Caller, first: Record) -> tuple[list[pb.Embedding], int]:
         """All embeddings, in order, and the tokens that were in prefix caches."""
         numbers, found = iter(range(len(wanted.inputs))), dict[int, tuple[pb.Embedding, int]]()
+        weights: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
         async def work() -> None:
             for number in numbers:
                 if number == 0:
-                    found[number] = await self._one(wanted, number, caller, first)
+                    found[number] = await self._one(wanted, number, caller, first, weights)
                     continue
-                trace = self._trace(input_id(first.trace.request_id, number), caller)
-                with self._traces.following(trace):
-                    found[number] = await self._one(wanted, number, caller, self._recorded(trace, caller))
+                # Vectors of different weights cannot be compared: the worker that accepts the first input fixes them.
+                await asyncio.wait((weights,))
+                part = self._part(first.trace, number, caller)
+                try:
+                    found[number] = await self._one(wanted, number, caller, part, weights)
+                finally:
+                    self._traces.close_part(part.trace)
+                    first.trace.prompt_tokens += part.trace.prompt_tokens
 
         if len(wanted.inputs) == 1:
             await work()
@@ -125,11 +132,15 @@ class Embeddings:
         ordered = [found[number] for number in range(len(wanted.inputs))]
         return [embedding for embedding, _ in ordered], sum(cached for _, cached in ordered)
 
-    async def _one(self, wanted: CheckedEmbed, number: int, caller: Caller, record: Record) -> tuple[pb.Embedding, int]:
-        """The embedding of one input, and how many of its tokens were in a prefix cache."""
+    async def _one(
+        self, wanted: CheckedEmbed, number: int, caller: Caller, record: Record, weights: asyncio.Future[str]
+    ) -> tuple[pb.Embedding, int]:
+        """The embedding of one input, and how many of its tokens were in a prefix cache.
+
+        `weights`: of the call's first input, which sets them.
+        """
         given = wanted.inputs[number]
         count = len(given.token_ids)
-        record.trace.prompt_tokens = count
         queued = QueuedRequest(
             tokens=count,
             answer_tokens=0,
@@ -141,15 +152,19 @@ class Embeddings:
         leg = self._leg(wanted, number, record.trace.request_id)
         async with self._admission.slot(queued) as prefill:
             record.step("wait")
-            about = RoutingRequest(count, session=caller.session, tenant=caller.tenant)
+            # Usage counts what was dispatched, also where the call ends early.
+            record.trace.prompt_tokens += count
+            digest = weights.result() if weights.done() else ""
+            about = RoutingRequest(count, session=caller.session, tenant=caller.tenant, model_digest=digest)
             with naming_the_prompt(given.field):
                 legs = self._attempts.accepted(leg, NoTokens(), caller.left_s(), record, prefill, about)
                 async with legs as stream:
+                    if number == 0 and len(wanted.inputs) > 1:
+                        weights.set_result(stream.hold_weights())
                     await stream.run()
                     finish, worker = stream.finish(), stream.attempt.route.decode
         if finish is None or not finish.embedding:
             raise RequestAborted(f"the leg was aborted on {worker.worker_id}")
-        record.trace.finish("stop", count, 0, finish.usage.cached_tokens)
         embedding = pb.Embedding(values=finish.embedding, prompt_tokens=count, worker_id=worker.worker_id)
         return embedding, finish.usage.cached_tokens
 
@@ -183,6 +198,12 @@ class Embeddings:
             clock=caller.time,
             begin_s=begin_s,
         )
+
+    def _part(self, call: RequestTrace, number: int, caller: Caller) -> Record:
+        """Records an input after the first: a call has one trace, and a long one must not displace those of others."""
+        trace = self._trace(input_id(call.request_id, number), caller, call.clock())
+        trace.span_context = call.span_context
+        return Record(trace)
 
     def _recorded(self, trace: RequestTrace, caller: Caller) -> Record:
         caller.usage.add(trace)

@@ -7,6 +7,7 @@ on without this process.
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -14,6 +15,7 @@ from tandem.api.registry.v1 import registry_service_pb2 as pb
 from tandem.api.types.v1 import role_change_pb2
 from tandem.api.worker.v1 import worker_service_pb2 as worker_pb
 from tandem.client.role_calls import change_at_worker
+from tandem.clock import Clock, monotonic
 from tandem.domain.worker import Start, Worker, WorkerRole, WorkerState
 from tandem.errors import InvalidRequest, RoleChangeRefused, StaleEpoch, TandemError, WorkerNotFound
 from tandem.rpc.channels import Channels
@@ -22,15 +24,21 @@ from tandem_registry.backends.port import Backend
 from tandem_registry.validation import checked_epoch, checked_worker_id
 from tandem_registry.view import Health, View
 
+UNCONFIRMED_S = 10.0
+"""For so long a worker counts as leaving where the caller left before its first step: it may have begun, and then the
+view shows it."""
+
 
 class RoleChanges:
     """The role changes that this registry passes on."""
 
-    def __init__(self, backend: Backend, channels: Channels) -> None:
+    def __init__(self, backend: Backend, channels: Channels, clock: Clock = monotonic) -> None:
         self._backend = backend
         self._channels = channels
-        self._leaving: set[Start] = set()
-        """Starts whose change was passed on: they leave their role, also while the view does not show it yet."""
+        self._clock = clock
+        self._leaving: dict[Start, float] = {}
+        """Starts whose change was passed on, and until when they count: they leave their role, also while the view does
+        not show it yet."""
 
     async def change(self, request: pb.ChangeRoleRequest) -> AsyncGenerator[role_change_pb2.RoleChange, None]:
         """Check a change, have the worker make it, and yield its progress.
@@ -51,17 +59,21 @@ class RoleChanges:
         if request.HasField("drain_timeout"):
             forwarded.drain_timeout.CopyFrom(request.drain_timeout)
         is_first = worker.start not in self._leaving
-        self._leaving.add(worker.start)
+        self._leaving[worker.start] = math.inf
         has_begun = False
         try:
             async with aclosing(change_at_worker(self._channels, worker.address, forwarded)) as steps:
                 async for step in steps:
                     has_begun = True
                     yield step
-        except TandemError:
-            # Not where the caller has left: the worker may go on. Nor where an earlier call has begun its change.
+        except BaseException as problem:
+            # Not where an earlier call has begun its change.
             if is_first and not has_begun:
-                self._leaving.discard(worker.start)
+                if isinstance(problem, TandemError):
+                    self._leaving.pop(worker.start, None)
+                else:
+                    # The caller has left: the worker may refuse, or go on.
+                    self._leaving[worker.start] = self._clock() + UNCONFIRMED_S
             raise
 
     async def _check_leader(self, request: pb.ChangeRoleRequest, worker_id: str) -> None:
@@ -77,7 +89,8 @@ class RoleChanges:
 
     def _admitted(self, view: View, worker_id: str, role: WorkerRole, request: pb.ChangeRoleRequest) -> Worker:
         """The worker, which may leave its role."""
-        self._leaving &= {listed.member.start for listed in view.workers}
+        now_s, listed_starts = self._clock(), {listed.member.start for listed in view.workers}
+        self._leaving = {one: end_s for one, end_s in self._leaving.items() if one in listed_starts and now_s < end_s}
         worker = next((listed.member for listed in view.workers if listed.member.worker_id == worker_id), None)
         if worker is None:
             raise WorkerNotFound(f"no live worker has the id {worker_id!r}", worker=worker_id)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import re
 import uuid
@@ -29,6 +30,7 @@ from tandem.rpc.server import RpcServer
 log = logging.getLogger(__name__)
 
 ELECTION_CHARS_MAX = 128
+HASH_CHARS = 16
 STOP_GRACE_S = 0.2
 
 
@@ -120,8 +122,9 @@ class ControllerApp:
         """Ask to lead, also while a role change is under way."""
         while True:
             registry = await self._registries.live()
-            if registry is not None:
-                await self._leadership.ask(registry, election_of(self._config.model))
+            # The same election with and without the setting: by the name of the model that the workers have.
+            if registry is not None and self._fleet.model:
+                await self._leadership.ask(registry, election_of(self._fleet.model))
             await asyncio.sleep(self._config.interval_s)
 
     async def _control(self) -> None:
@@ -148,7 +151,7 @@ class ControllerApp:
             self._needs = {"prefill": decision.needs.prefill, "decode": decision.needs.decode}
         # Others observe too, so that they know the load when they lead.
         leading = self._leadership.leading
-        if leading is None:
+        if leading is None or leading.election != election_of(self._fleet.model):
             return
         if decision.start is not None and self._config.dry_run:
             decision = Decision(why=Why.DRY_RUN, words=f"dry run, nothing is changed: {decision.words}")
@@ -185,6 +188,7 @@ class ControllerApp:
         self._metrics.count("tandem.controller.changes", 1, attributes)
 
 
-def election_of(model: str | None) -> str:
-    """The election of the controllers of one model: those that act on the same workers must name it alike."""
-    return re.sub("[^A-Za-z0-9._-]", "-", f"roles-of-{model or 'the-only-model'}")[:ELECTION_CHARS_MAX]
+def election_of(model: str) -> str:
+    """The election of the controllers of one model: names that differ have different ones, whatever they contain."""
+    named = re.sub("[^A-Za-z0-9._-]", "-", f"roles-of-{model}")[: ELECTION_CHARS_MAX - HASH_CHARS - 1]
+    return f"{named}-{hashlib.sha256(model.encode()).hexdigest()[:HASH_CHARS]}"

@@ -32,6 +32,8 @@ class FleetWatch:
     def __init__(self, model: str | None, tls: Tls | None, clock: Clock = monotonic) -> None:
         """`model`: None: the only one."""
         self._model = model
+        self.model = model or ""
+        """The model that was observed last; empty: none is known yet, or one has to be named."""
         self._tls = tls
         self._clock = clock
         self._channels = Channels(tls)
@@ -55,7 +57,8 @@ class FleetWatch:
         """
         listed = await calls.list_members(registry, tls=self._tls)
         every = [worker_from_proto(one.worker) for one in listed.workers]
-        model = self.model_of(every)
+        self.model = ""
+        model = self.model = self.model_of(every)
         workers = [one for one in every if one.capabilities.model == model]
         serving = [one.frontend for one in listed.frontends if one.frontend.state == worker_pb2.WORKER_STATE_SERVING]
         self._loads.follow(workers)

@@ -6,6 +6,7 @@ worker of a role, a gain that lasts, a pause after each step, and few reversals.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from tandem.controller.figures import Observation, SeenWorker
@@ -16,6 +17,8 @@ from tandem.domain.worker import Start, WorkerRole, WorkerState
 PREFILL, DECODE = WorkerRole.PREFILL, WorkerRole.DECODE
 REFUSED_S = 60.0
 QUIET = 8
+DOUBLED_MAX = 4
+"""How often the pause of a reversal is doubled at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +63,15 @@ class RoleRule:
         self._wanted_since_s = 0.0
         self._last_role: WorkerRole | None = None
         """The role that the last change gave."""
-        self._last_s = 0.0
+        self._last_s = -math.inf
         self._reversals_count = 0
         """Since the last pause of `QUIET` times the pause of a reversal."""
         self._roles: dict[str, WorkerRole] = {}
         """The last known role of each worker."""
+        self._homes: dict[str, WorkerRole] = {}
+        """The role that each worker took without a decision of this rule: with which it starts, as far as known."""
+        self._given: dict[str, WorkerRole] = {}
+        """Roles that this rule has decided on, until the worker has them."""
         self._refused: dict[Start, float] = {}
 
     def decide(self, now: Observation) -> Decision:
@@ -74,6 +81,8 @@ class RoleRule:
         if decision is None:
             needs = self._meter.add(now)
             decision = self._no_figures() if needs is None else self._weighed(now, needs)
+        if decision.start is not None and decision.role is not None:
+            self._given[decision.start[0]] = decision.role
         if decision.why not in (Why.CHANGE, Why.UNCONFIRMED, Why.SETTLING, Why.REVERSAL, Why.CANNOT_TAKE):
             self._wanted = None
         return decision
@@ -81,25 +90,38 @@ class RoleRule:
     def refused(self, start: Start, at_s: float) -> None:
         """The change of a worker was refused, or failed: another one is chosen for a while."""
         self._refused[start] = at_s
+        self._given.pop(start[0], None)
         self._wanted = None
 
     def _note_changes(self, now: Observation) -> None:
-        """Find the changes that have ended since the last observation, also those by an operator."""
+        """Find the changes that have ended since the last observation, also those by an operator.
+
+        A worker that is back in its first role without a decision has restarted: that says nothing of the load.
+        """
         roles = {one.worker.worker_id: one.worker.role for one in now.workers}
         for worker_id, role in roles.items():
+            is_decided = self._given.get(worker_id) is role
             if self._roles.get(worker_id, role) is not role:
-                self._changed(role, now.at_s)
+                self._given.pop(worker_id, None)
+                if is_decided or self._homes.get(worker_id) is not role:
+                    self._changed(role, now.at_s)
+                self._wanted = None
+                self._meter.restart()
+            if not is_decided and self._roles.get(worker_id) is not role:
+                self._homes[worker_id] = role
         # A worker that is away while it changes is compared once it is back.
         self._roles |= roles
         self._refused = {one: at_s for one, at_s in self._refused.items() if now.at_s - at_s < REFUSED_S}
 
     def _changed(self, role: WorkerRole, at_s: float) -> None:
+        quiet_s, self._last_s = at_s - self._last_s, at_s
+        if role not in (PREFILL, DECODE):
+            # It is neither one direction nor the other.
+            return
         if self._last_role is not None and role is not self._last_role:
-            quiet_s = at_s - self._last_s
-            self._reversals_count = 0 if quiet_s > QUIET * self._settings.reversal_s else self._reversals_count + 1
-        self._last_role, self._last_s = role, at_s
-        self._wanted = None
-        self._meter.restart()
+            count = 0 if quiet_s > QUIET * self._settings.reversal_s else self._reversals_count + 1
+            self._reversals_count = min(count, DOUBLED_MAX)
+        self._last_role = role
 
     # --- Limits that come before the load
 
@@ -156,7 +178,7 @@ class RoleRule:
         wanted_s = now.at_s - self._wanted_since_s
         since_s = now.at_s - self._last_s
         towards = f"one more {role.value} worker is wanted"
-        if self._last_role is not None and since_s < self._settings.settle_s:
+        if since_s < self._settings.settle_s:
             return Decision(
                 why=Why.SETTLING, words=f"{towards}, {since_s:.0f} s after the last change: {words}", needs=needs
             )

@@ -26,6 +26,10 @@ class RequestMetrics:
         """Record the metrics of a closed request."""
         self._record_request(trace)
         self._record_admission(trace)
+        self.part(trace)
+
+    def part(self, trace: RequestTrace) -> None:
+        """Record the attempts of a part of a request."""
         for attempt in trace.attempts:
             self._record_attempt(attempt)
 

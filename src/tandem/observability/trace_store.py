@@ -37,6 +37,8 @@ class TraceStore(Generic[C]):
     ) -> None:
         """Each sink is called once with every closed trace; `ids` is None if no spans are exported."""
         self.sinks: list[Callable[[C], None]] = list(sinks)
+        self.part_sinks: list[Callable[[C], None]] = []
+        """Called with the trace of each part of a request, which is neither kept nor counted as a request."""
         self.ids = ids
         self._open: dict[int, C] = {}
         self._closed: deque[C] = deque(maxlen=closed_kept)
@@ -88,7 +90,15 @@ class TraceStore(Generic[C]):
             trace.cancel()
         del self._open[id(trace)]
         self._closed.append(trace)
-        for sink in self.sinks:
+        self._report(trace, self.sinks)
+
+    def close_part(self, trace: C) -> None:
+        """Call the sinks of parts, for the attempts of a request that is run in several parts."""
+        self._report(trace, self.part_sinks)
+
+    @staticmethod
+    def _report(trace: C, sinks: Sequence[Callable[[C], None]]) -> None:
+        for sink in sinks:
             try:
                 sink(trace)
             except Exception:

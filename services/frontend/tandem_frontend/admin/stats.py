@@ -53,16 +53,21 @@ class RequestStats:
         self.tokens = RateWindow(clock)
         self.kv_transfer_bytes = RateWindow(clock)
         traces.sinks.append(self.close)
+        traces.part_sinks.append(self.close_part)
 
     @property
     def open_count(self) -> int:
         """Requests in progress."""
         return len(self._traces.open)
 
-    def close(self, trace: RequestTrace) -> None:
-        """Count a closed trace."""
+    def close_part(self, trace: RequestTrace) -> None:
+        """Count the attempts of a part of a request."""
         self._count(trace)
         self._seen.pop(id(trace), None)
+
+    def close(self, trace: RequestTrace) -> None:
+        """Count a closed trace."""
+        self.close_part(trace)
         assert trace.outcome in (FINISHED, FAILED, REFUSED, CANCELLED)
         self.outcomes[trace.outcome] += 1
 

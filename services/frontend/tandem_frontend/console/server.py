@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -46,8 +47,6 @@ WRITE_TIMEOUT_S = 10.0
 STOP_GRACE_S = 0.2
 KEEP_ALIVE_S = 60.0
 """Of a connection without a call: the library keeps it for an hour."""
-HANDSHAKE_S = 10.0
-"""Of TLS."""
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 KEY = web.RequestKey("key", ApiKey)
 """The key of a call, once it was checked."""
@@ -92,11 +91,16 @@ class Console:
         async with AsyncExitStack() as stack:
             await runner.setup()
             assert runner.server is not None, "the runner is set up"
-            self._connections = Connections(runner.server)
             stack.push_async_callback(runner.cleanup)
-            listener = await _listen(self._connections, host, port, self._tls)
-            stack.callback(listener.close)
-            yield listener.sockets[0].getsockname()[1]
+            try:
+                self._connections = Connections(runner.server, _server_context(self._tls) if self._tls else None)
+                sockets = await _listen(host, port, stack)
+            except (OSError, ssl.SSLError) as problem:
+                where = join_address(host, port)
+                raise StartError(f"cannot serve the console on {where}: {problem.strerror or problem}") from None
+            stack.push_async_callback(self._connections.close)
+            self._connections.serve(sockets)
+            yield sockets[0].getsockname()[1]
 
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -249,18 +253,16 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
     response.headers.update(HEADERS)
 
 
-async def _listen(connections: Connections, host: str, port: int, tls: Tls | None) -> asyncio.Server:
+async def _listen(host: str, port: int, stack: AsyncExitStack) -> list[socket.socket]:
+    """A listening socket for each address of the host; the stack closes them."""
     loop = asyncio.get_running_loop()
-    try:
-        if tls is None:
-            return await loop.create_server(connections.accept, bare_host(host), port)
-        context = _server_context(tls)
-        return await loop.create_server(
-            connections.accept, bare_host(host), port, ssl=context, ssl_handshake_timeout=HANDSHAKE_S
-        )
-    except (OSError, ssl.SSLError) as problem:
-        where = join_address(host, port)
-        raise StartError(f"cannot serve the console on {where}: {problem.strerror or problem}") from None
+    found = await loop.getaddrinfo(bare_host(host), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets = list[socket.socket]()
+    for family, address in dict.fromkeys((family, address) for family, _, _, _, address in found):
+        one = stack.enter_context(socket.create_server(address, family=family))
+        one.setblocking(False)
+        sockets.append(one)
+    return sockets
 
 
 def _server_context(tls: Tls) -> ssl.SSLContext:

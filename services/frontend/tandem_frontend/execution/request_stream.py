@@ -156,8 +156,8 @@ class RetryingStream:
         self.state = RequestState()
         self._sent = array("i")
         """Tokens passed on to the sink, over all attempts."""
-        self._model_digest = ""
-        """Weights that `_sent` comes from; only workers with the same may continue."""
+        self._model_digest = about.model_digest
+        """Weights that `_sent` comes from, or that `hold_weights` named; only workers with the same may continue."""
         self._break_count = 0
         """Accepted attempts that failed."""
         self._fruitless_count = 0
@@ -222,6 +222,11 @@ class RetryingStream:
                 raise self._defect
             self.state.finish()
             return
+
+    def hold_weights(self) -> str:
+        """Let only workers with the weights of the current attempt run later ones; returns their digest."""
+        self._model_digest = self.attempt.route.decode.capabilities.model_digest
+        return self._model_digest
 
     def stop(self) -> None:
         """Make `run` return: the sink wants no more tokens, or cannot take them."""
@@ -312,7 +317,7 @@ class RetryingStream:
         while True:
             try:
                 with self._record.routing():
-                    return self._deps.routes.first(self._about)
+                    return self._deps.routes.first(self._about, self._others())
             except NoWorkers as problem:
                 if not await self._next_view():
                     raise self._view_wait.explained(problem) from None
@@ -382,7 +387,7 @@ class RetryingStream:
         self._gone_count = 0
         self._view_wait.reset()
         if not self._sent:
-            self._model_digest = self.attempt.route.decode.capabilities.model_digest
+            self.hold_weights()
         prefill = self.attempt.route.prefill
         if prefill is not None:
             self._deps.breakers.succeeded(prefill, self._sent_s)
@@ -405,12 +410,15 @@ class RetryingStream:
     def _next_route(self, failed: Collection[Start]) -> Route | None:
         if not self._may_try():
             return None
-        # Tokens of one set of weights are not continued by another: the model was changed meanwhile.
-        others = self._deps.routes.with_other_weights(self._model_digest) if self._sent else ()
+        others = self._others()
         route = self._route_without({*failed, *others})
         if route is None and (again := self._slow_before()):
             route = self._route_without({*others, *failed} - again)
         return route
+
+    def _others(self) -> Collection[Start]:
+        """Workers that must not continue: tokens of one set of weights are not continued by another."""
+        return self._deps.routes.with_other_weights(self._model_digest) if self._model_digest else ()
 
     def _slow_before(self) -> set[Start]:
         """Workers that were left for being slow and respond again: of use where all others have failed too."""

@@ -45,6 +45,8 @@ class RoutingRequest:
     session: str = ""
     """Value of the session header; empty: none."""
     tenant: str = ""
+    model_digest: str = ""
+    """Weights that must compute it; empty: any of the model's workers may."""
 
 
 class CachedPrefixes(Protocol):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from tandem.clock import Clock
 from tandem.domain.placement import Placement
 from tandem.domain.worker import Start, Worker
-from tandem.errors import ContextExceeded, ServiceError
+from tandem.errors import ContextExceeded, NoWorkers, ServiceError
 from tandem_frontend.admission.prefill_backlog import PrefillBacklog
 from tandem_frontend.preparation.served_model import ServedModel
 from tandem_frontend.routing.candidates import Explain, Pick, Route, why_none
@@ -145,14 +145,21 @@ class Routes:
             sent.on_end = self._local.sent(route, prompt_tokens)
         return sent
 
-    def first(self, request: RoutingRequest) -> Route:
-        """The route of a request's first attempt.
+    def first(self, request: RoutingRequest, others: Collection[Start] = ()) -> Route:
+        """The route of a request's first attempt; `others` have other weights than those that must compute it.
 
         Raises:
             NoWorkers, IncompatibleWorkers, ContextExceeded
         """
         self._refresh()
         prompt_tokens = request.prompt_tokens
+        if others:
+            possible = self._possible(prompt_tokens).without(others)
+            if not possible.routes_count:
+                digest = request.model_digest
+                what = f"no worker has the weights that this call began with ({digest[:12]})"
+                raise NoWorkers(what, model_digest=digest)
+            return self._choose(self._prefer(possible, ()), request)
         rank = self._pools.rank(prompt_tokens)
         preferred = self._first.get(rank)
         if preferred is None:
