@@ -62,7 +62,7 @@ class Calls:
         model = ServedModel("m", cast("Any", tokenizer), {})
         admission = cast("Any", SimpleNamespace(charge=lambda *_: None, admit=_admitted, slot=_slot))
         pipeline = Embeddings(model, admission, self.scene.attempts, lambda: self.scene.workers, self.traces)
-        request = pb.EmbedRequest(inputs=[pb.EmbedInput(token_ids={"ids": [1, 2]})] * count)  # type: ignore[dict-item]
+        request = pb.EmbedRequest(inputs=[pb.EmbedInput(token_ids={"ids": [1, 2]})] * count)  # type: ignore[arg-type]
         call = cast("Any", None)
         response = await pipeline.embed(request, caller or Caller(), call)
         return [one.worker_id for one in response.embeddings]

@@ -290,10 +290,9 @@ async def opened_at_once(port: int, count: int, context: ssl.SSLContext | None =
     """So many connections that say nothing more; each of these ends once the console has closed it."""
 
     async def one() -> bytes:
-        reader = asyncio.StreamReader()
         with contextlib.suppress(OSError):
-            host = {"server_hostname": "localhost"} if context else {}
-            reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, **host)
+            name = "localhost" if context else None
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, server_hostname=name)
             with contextlib.closing(writer):
                 return await reader.read()
         return b""
